@@ -1,0 +1,22 @@
+"""What the four scripts share: choosing the device, and saving a grid of images."""
+
+import sys
+
+import torch
+from torchvision.utils import save_image
+
+
+def select_device(cuda):
+    """The GPU if `cuda` is set and there is one, else the CPU; says so on stderr where the wish cannot be met."""
+    if cuda and torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = True  # shapes never change, so the search for the fastest kernel pays
+        return torch.device("cuda")
+    if cuda:
+        print("warning: --cuda: PyTorch finds no CUDA GPU here, going on on the CPU", file=sys.stderr)
+    return torch.device("cpu")
+
+
+def save_grid(images, path, columns=8, value_range=(-1, 1)):
+    """Writes images (N, C, H, W) to one picture, row by row. `value_range` is what black and white stand for: fixed, and
+    not the minimum and maximum of the images, so that contrast can be compared between pictures."""
+    save_image(images, path, nrow=columns, normalize=True, value_range=value_range)

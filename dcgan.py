@@ -1,0 +1,431 @@
+"""Deep convolutional GAN: Radford, Metz & Chintala, "Unsupervised Representation Learning with Deep Convolutional
+Generative Adversarial Networks" (2016, arXiv:1511.06434).
+"""
+
+import argparse
+import itertools
+import math
+import os
+import signal
+import socket
+import sys
+import time
+import zipfile
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
+
+from common import save_grid, select_device
+
+FORMAT = "dcgan 1"  # marks a checkpoint: one of another script, or of another version, is refused
+DIGITS = ("mnist", "fashion-mnist", "synthetic")  # one channel, 28x28, padded to the image size
+NETWORK = ("dataset", "image_size", "channels", "latent_dim", "width")  # what a checkpoint fixes
+METRICS = ("loss_d", "loss_g", "d_real", "d_fake")  # the last two are mean D(x) and D(G(z)), probabilities
+MEMORY_SHARE = 0.25  # a folder that would fill more of the device's memory than this streams from the disk
+WORKERS = min(8, os.cpu_count() or 1)
+
+
+def above(low, kind=int):
+    def number(text):
+        if not low < kind(text) < 2**63:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and 2^63, both excluded")
+        return kind(text)
+
+    return number
+
+
+def parse_args(argv=None):
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description="Deep convolutional GAN.", usage=argparse.SUPPRESS, formatter_class=defaults)
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=above(0), default=25, metavar="N", help="passes over the training set")
+    add("--batch-size", type=above(0), default=128, metavar="N", help="images a step")
+    add("--lr", type=above(0, float), default=2e-4, metavar="X", help="learning rate of Adam, in both networks")
+    add("--seed", type=above(-1), default=0, metavar="N", help="one seed makes a CPU run repeatable to the bit")
+    add("--cuda", action="store_true", help="train on the GPU")
+    add("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=(*DIGITS, "cifar10", "folder"), help="left out: mnist, or synthetic if that cannot be had")
+    add("--data-dir", default="data", metavar="DIR", help="where data sets are kept; with folder, the images themselves")
+    add("--image-size", type=above(0), metavar="N", help="4 to 7 times a power of two; left out: 32, with folder 64")
+    add("--channels", type=int, choices=(1, 3), help="with folder: gray or colour; left out: colour")
+    add = parser.add_argument_group("networks").add_argument
+    add("--latent-dim", type=above(0), default=100, metavar="N", help="size of z")
+    add("--width", type=above(0), default=64, metavar="N", help="channels of the narrowest level")
+    add = parser.add_argument_group("files").add_argument
+    add("--out-dir", type=Path, metavar="DIR", help="where the run writes; left out: the first free of runs/dcgan, -2, ...")
+    add("--resume", type=Path, metavar="CKPT", help="go on where that checkpoint stopped, beside it")
+    add("--sample", type=Path, metavar="CKPT", help="no training: write images from that checkpoint, beside it")
+    add("--num-samples", type=above(0), default=64, metavar="N", help="how many images --sample writes")
+    add("--interpolate", type=above(0), metavar="N", help="with --sample: N walks between two z, ten images each, instead")
+
+    args, checkpoint = parser.parse_args(argv), None
+    path = args.resume or args.sample
+    try:
+        if args.resume and args.sample or args.interpolate and not args.sample:
+            raise ValueError("--interpolate needs --sample, and --sample excludes --resume")
+        if path:  # its arguments become the defaults, so that no other flag is needed
+            checkpoint = load_checkpoint(path)
+            parser.set_defaults(out_dir=path.parent, **checkpoint["args"])
+            args = parser.parse_args(argv)
+            for name in NETWORK:
+                if getattr(args, name) != checkpoint["args"][name]:
+                    raise ValueError(f"{path} has {name} {checkpoint['args'][name]}: leave --{name.replace('_', '-')} out")
+        elif args.channels and args.dataset != "folder":
+            raise ValueError("--channels is for --dataset folder")
+        args.checkpoint = checkpoint
+        args.channels = args.channels or (3 if args.dataset in ("cifar10", "folder") else 1)
+        args.image_size = args.image_size or (64 if args.dataset == "folder" else 32)
+        base_and_steps(args.image_size)
+        if args.dataset in (None, *DIGITS) and args.image_size < 28:
+            raise ValueError(f"--image-size {args.image_size} is too small for digits of 28x28, which are padded: try 32")
+        written = args.out_dir and args.out_dir / "checkpoint.pt"
+        if written and written.exists() and not (args.sample or args.resume and args.resume.samefile(written)):
+            raise ValueError(f"{args.out_dir} holds a run: --resume {written}, or choose another --out-dir")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return args
+
+
+def load_images(args, device):
+    """The training set: uint8 (N, channels, image_size, image_size) on the device, or the ImageFiles to stream it from.
+
+    Digits are padded with black, CIFAR-10 is resized. Where no set was named and MNIST cannot be had, warns and sets
+    args.dataset to synthetic. Raises OSError if the named set is neither there nor to be had."""
+    kinds = {None: datasets.MNIST, "mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}
+    if args.dataset == "folder":
+        return load_folder(Path(args.data_dir), args.image_size, args.channels, device)
+    if args.dataset in kinds:
+        socket.setdefaulttimeout(10)  # seconds; torchvision sets none, and a dead network would hang
+        try:
+            images = torch.as_tensor(kinds[args.dataset](args.data_dir, download=True).data)
+            args.dataset = args.dataset or "mnist"
+        except Exception as error:  # no network, no room, a torn file: torchvision raises many kinds
+            reason = f"{args.dataset or 'mnist'} is not in {args.data_dir}, and the download failed: {error}"
+            if args.dataset:
+                raise OSError(reason) from error
+            print(f"warning: {reason}; training on synthetic digits", file=sys.stderr)
+            args.dataset = "synthetic"
+    if args.dataset == "synthetic":
+        images = synthetic_digits(20_000, seed=0)
+    if args.dataset == "cifar10":
+        return resize(images.permute(0, 3, 1, 2), [args.image_size, args.image_size]).to(device)
+    margin = args.image_size - 28
+    return F.pad(images, (margin // 2, margin - margin // 2) * 2).unsqueeze(1).to(device)
+
+
+def synthetic_digits(count, seed):
+    """`count` digits in Pillow's own font, randomly turned, scaled, slanted and moved: uint8 (count, 28, 28)."""
+    glyphs = []
+    for digit in "0123456789":
+        glyphs.append(Image.new("L", (28, 28)))
+        ImageDraw.Draw(glyphs[-1]).text((14, 14), digit, 255, ImageFont.load_default(26), anchor="mm")
+    random = torch.Generator().manual_seed(seed)
+    glyphs = torch.stack([pil_to_tensor(glyph).float() for glyph in glyphs])[torch.randint(10, (count,), generator=random)]
+    turn, slant, wide, tall, right, down = torch.empty(6, count).uniform_(-1, 1, generator=random)
+    wide, tall, sin, cos = 1.1 + 0.2 * wide, 1.1 + 0.15 * tall, torch.sin(turn / 4), torch.cos(turn / 4)
+    warp = torch.stack([wide * cos, wide * (slant / 3 - sin), right / 6, tall * sin, tall * cos, down / 6], 1).view(-1, 2, 3)
+    grid = F.affine_grid(warp, [count, 1, 28, 28], align_corners=False)
+    return F.grid_sample(glyphs, grid, align_corners=False).round().byte().squeeze(1)
+
+
+class ImageFiles(Dataset):
+    """Image files as uint8 (channels, size, size): upright, short side resized to `size`, the centre cropped out.
+
+    A file that cannot be decoded gives its path and the reason, a string."""
+
+    def __init__(self, paths, size, channels):
+        self.paths, self.size, self.channels = paths, size, channels
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        try:
+            image = Image.open(self.paths[i])
+            image.draft(None, (self.size, self.size))  # a large JPEG is decoded at a fraction of its size
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits, which convert() would clip
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = ImageOps.fit(image.convert("RGB" if self.channels == 3 else "L"), (self.size, self.size))
+            return pil_to_tensor(image)
+        except Exception as error:  # Pillow's decoders raise many kinds
+            return f"{self.paths[i]}: {error}"
+
+
+def load_folder(folder, size, channels, device):
+    """All images below `folder`, as load_images says. Decodes each once here, and names and leaves out what is no image."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33
+    if device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[0]
+    fits = len(paths) * channels * size**2 <= MEMORY_SHARE * memory
+    images, good = torch.empty(len(paths) * fits, channels, size, size, dtype=torch.uint8), []
+    for i, image in enumerate(DataLoader(ImageFiles(paths, size, channels), batch_size=None, num_workers=WORKERS)):
+        if sys.stdout.isatty():
+            print(f"\rdecoding {i + 1:,} of {len(paths):,} files ", end="", flush=True)
+        if isinstance(image, str):
+            print(f"skipped {image}", file=sys.stderr)
+        else:
+            images[len(good) : len(good) + fits] = image
+            good.append(paths[i])
+    if not good:
+        raise OSError(f"no image in {folder}: name the folder that holds them with --data-dir")
+    return images[: len(good)].to(device) if fits else ImageFiles(good, size, channels)
+
+
+def batches(images, batch_size, device):
+    """One epoch in random order, the last partial batch dropped: floats (batch_size, C, H, W) in [-1, 1]."""
+    order = torch.randperm(len(images))[: len(images) // batch_size * batch_size].view(-1, batch_size)
+    if isinstance(images, torch.Tensor):
+        parts = (images[index] for index in order.to(device))
+    else:  # a generator of its own, or DataLoader would draw from the one that training draws from
+        workers = dict(num_workers=WORKERS, pin_memory=device.type == "cuda", generator=torch.Generator())
+        parts = DataLoader(images, batch_sampler=order.tolist(), **workers)
+    for x in parts:
+        x = x.to(device, non_blocking=True)
+        yield x.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
+
+
+def base_and_steps(image_size):
+    """(base, steps) with image_size = base * 2**steps and base from 4 to 7, a number of three bits; else ValueError."""
+    steps = max(image_size.bit_length() - 3, 1)
+    base = image_size >> steps
+    if base < 4 or base << steps != image_size:
+        nearest = sorted({max(8, base << steps), max(8, base + 1 << steps)})
+        raise ValueError(f"--image-size is 4, 5, 6 or 7 times a power of two: try {' or '.join(map(str, nearest))}")
+    return base, steps
+
+
+class Generator(nn.Sequential):
+    """z (B, latent_dim) to images (B, channels, image_size, image_size) in (-1, 1): section 3 and figure 1."""
+
+    def __init__(self, image_size, channels, latent_dim, width):
+        base, steps = base_and_steps(image_size)
+        c = width << (steps - 1)
+        levels = [nn.Linear(latent_dim, c * base**2, bias=False), nn.Unflatten(1, (c, base, base))]  # (B, c, base, base)
+        for _ in range(steps - 1):
+            levels += [nn.BatchNorm2d(c), nn.ReLU(inplace=True)]
+            levels += [nn.ConvTranspose2d(c, c // 2, 4, 2, 1, bias=False)]  # (B, c, h, h) to (B, c/2, 2h, 2h)
+            c //= 2
+        levels += [nn.BatchNorm2d(c), nn.ReLU(inplace=True), nn.ConvTranspose2d(c, channels, 4, 2, 1), nn.Tanh()]
+        super().__init__(*levels)
+        self.apply(initialize)
+
+
+class Discriminator(nn.Sequential):
+    """Images (B, channels, image_size, image_size) in [-1, 1] to logits (B,); D(x) is their sigmoid."""
+
+    def __init__(self, image_size, channels, width):
+        base, steps = base_and_steps(image_size)
+        c = width
+        levels = [nn.Conv2d(channels, c, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]  # (B, c, image_size/2, image_size/2)
+        for _ in range(steps - 1):
+            levels += [nn.Conv2d(c, 2 * c, 4, 2, 1, bias=False)]  # (B, c, h, h) to (B, 2c, h/2, h/2)
+            levels += [nn.BatchNorm2d(2 * c), nn.LeakyReLU(0.2, inplace=True)]
+            c *= 2
+        levels += [nn.Conv2d(c, 1, base), nn.Flatten(0)]  # (B, c, base, base) to (B,): all of it into one output
+        super().__init__(*levels)
+        self.apply(initialize)
+
+
+def initialize(module):
+    """Section 4: weights from N(0, 0.02). Those of BatchNorm, which scale, from N(1, 0.02); biases 0."""
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
+        nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def discriminator_loss(real_logits, fake_logits):
+    """-E[log D(x)] - E[log(1 - D(G(z)))]: Goodfellow et al. 2014, eq. 1, which D maximizes, with its sign changed."""
+    real = F.binary_cross_entropy_with_logits(real_logits, torch.ones_like(real_logits))
+    return real + F.binary_cross_entropy_with_logits(fake_logits, torch.zeros_like(fake_logits))
+
+
+def generator_loss(fake_logits):
+    """-E[log D(G(z))]: the non-saturating loss of Goodfellow et al. 2014, section 3."""
+    return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
+
+
+def train(args):
+    device = select_device(args.cuda)
+    images = load_images(args, device)
+    steps = len(images) // args.batch_size
+    if steps == 0:
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(images):,} images of {args.dataset}")
+
+    torch.manual_seed(args.seed)
+    generator = Generator(args.image_size, args.channels, args.latent_dim, args.width)
+    discriminator = Discriminator(args.image_size, args.channels, args.width)
+    generator.to(device, memory_format=torch.channels_last)
+    discriminator.to(device, memory_format=torch.channels_last)
+    optimizer_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
+    fixed_noise = torch.randn(64, args.latent_dim, generator=torch.Generator().manual_seed(args.seed)).to(device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+
+    parts = dict(generator=generator, discriminator=discriminator, optimizer_g=optimizer_g, optimizer_d=optimizer_d)
+    start, seconds, rows = 0, 0.0, []
+    if args.checkpoint:
+        start, seconds, rows = (args.checkpoint[name] for name in ("epoch", "seconds", "metrics"))
+        for name, part in parts.items():
+            part.load_state_dict(args.checkpoint[name])
+        optimizer_g.param_groups[0]["lr"] = optimizer_d.param_groups[0]["lr"] = args.lr
+        torch.set_rng_state(args.checkpoint["rng"])
+        if device.type == "cuda" and args.checkpoint["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(args.checkpoint["cuda_rng"], device)
+    args.out_dir = args.out_dir or first_free(Path("runs/dcgan"))
+    (args.out_dir / "samples").mkdir(parents=True, exist_ok=True)
+    size = f"{args.channels}x{args.image_size}x{args.image_size}"
+    print(f"{args.dataset}: {len(images):,} images of {size}, on {device.type}, to {args.out_dir}", flush=True)
+
+    for epoch in range(start + 1, args.epochs + 1):
+        totals = torch.zeros(len(METRICS), device=device)
+        began = shown = time.perf_counter()
+        for step, x in enumerate(batches(images, args.batch_size, device), 1):
+            # D: descend -log D(x) - log(1 - D(G(z))); real and fake apart, or BatchNorm would mix their statistics
+            with autocast:
+                fake = generator(torch.randn(args.batch_size, args.latent_dim, device=device))
+                real_logits, fake_logits = discriminator(x).float(), discriminator(fake.detach()).float()
+            loss_d = discriminator_loss(real_logits, fake_logits)
+            optimizer_d.zero_grad()
+            loss_d.backward()
+            optimizer_d.step()
+
+            # G: descend -log D(G(z)) through the new D, whose own gradients are not computed
+            with autocast:
+                logits = discriminator(fake).float()
+            loss_g = generator_loss(logits)
+            optimizer_g.zero_grad()
+            loss_g.backward(inputs=list(generator.parameters()))
+            optimizer_g.step()
+
+            with torch.no_grad():
+                totals += torch.stack([loss_d, loss_g, real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()])
+            if step == steps or sys.stdout.isatty() and time.perf_counter() - shown > 0.5:
+                means = (totals / step).tolist()  # only here does the CPU wait for the GPU
+                shown = time.perf_counter()
+                rate = step * args.batch_size / (shown - began)
+                left = timedelta(seconds=round(((args.epochs - epoch + 1) * steps - step) * args.batch_size / rate))
+                losses = "  ".join(f"{name} {mean:.3f}" for name, mean in zip(METRICS, means))
+                line = f"epoch {epoch}/{args.epochs}  {step}/{steps}  {losses}  {rate:,.0f} images/s  {left} left"
+                print(f"\r{line} " if sys.stdout.isatty() else line, end="\n" if step == steps else "", flush=True)
+        if not all(map(math.isfinite, means)):
+            raise ValueError(f"a loss is not finite in epoch {epoch}, {epoch - 1} epochs are saved: try a lower --lr")
+        seconds += shown - began
+        rows.append([epoch, *means, rate, seconds])
+        # The checkpoint comes last: a run killed before it does the whole epoch again, and these files with it.
+        save_grid(generate(generator, fixed_noise), args.out_dir / "samples" / f"epoch_{epoch:04d}.png")
+        lines = [("epoch", *METRICS, "images_per_second", "seconds"), *rows]
+        (args.out_dir / "metrics.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
+        checkpoint = {name: part.state_dict() for name, part in parts.items()}
+        checkpoint |= dict(format=FORMAT, epoch=epoch, seconds=seconds, metrics=rows, rng=torch.get_rng_state())
+        checkpoint["cuda_rng"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        kept = (*NETWORK, "epochs", "batch_size", "lr", "seed", "bf16", "data_dir")
+        save_checkpoint(checkpoint | dict(args={name: getattr(args, name) for name in kept}), args.out_dir / "checkpoint.pt")
+
+
+@torch.no_grad()
+def generate(generator, z):
+    """G(z) with BatchNorm's running averages, which it leaves as they are."""
+    generator.eval()
+    images = generator(z)
+    generator.train()
+    return images
+
+
+def slerp(a, b, steps):
+    """Walks between points a and b, (N, latent_dim): (N, steps, latent_dim), a first and b last.
+
+    Along the great circle (Shoemake 1985): a straight line would pass nearer to 0 than almost any z ever lies."""
+    angle = torch.acos(F.cosine_similarity(a, b))[:, None, None]
+    t = torch.linspace(0, 1, steps)[:, None]
+    return (torch.sin((1 - t) * angle) * a[:, None] + torch.sin(t * angle) * b[:, None]) / torch.sin(angle)
+
+
+def sample(args):
+    device = select_device(args.cuda)
+    generator = Generator(args.image_size, args.channels, args.latent_dim, args.width)
+    generator.load_state_dict(args.checkpoint["generator"])
+    generator.to(device, memory_format=torch.channels_last)
+    random = torch.Generator().manual_seed(args.seed)
+    if args.interpolate:
+        a, b = torch.randn(2, args.interpolate, args.latent_dim, generator=random)
+        z, columns, folder = slerp(a, b, 10).flatten(0, 1), 10, first_free(args.out_dir / "interpolation")
+    else:
+        z = torch.randn(args.num_samples, args.latent_dim, generator=random)
+        columns, folder = 8, first_free(args.out_dir / "generated")
+    images = torch.cat([generate(generator, part.to(device)).cpu() for part in z.split(500)])
+    if args.dataset in DIGITS:  # without the padding
+        margin = (args.image_size - 28) // 2
+        images = images[:, :, margin : margin + 28, margin : margin + 28]
+    for n, image in enumerate(images):
+        to_pil_image(image.add(1).mul(127.5).round().byte()).save(folder / f"{n:05d}.png")
+    save_grid(images if args.interpolate else images[:64], folder.with_suffix(".png"), columns)
+    print(f"{len(images):,} images in {folder}, a grid in {folder}.png")
+
+
+def load_checkpoint(path):
+    """The dict that train() saved to `path`. Raises ValueError if the file is torn or anything else; runs no code in it."""
+    try:
+        if zipfile.ZipFile(path).testzip() is None:  # torch.load does not compare checksums
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            if checkpoint["format"] == FORMAT:
+                return checkpoint
+    except OSError:
+        raise
+    except Exception as error:  # from zipfile, pickle and torch, of many kinds
+        raise ValueError(f"{path} is no whole checkpoint: {type(error).__name__}") from error
+    raise ValueError(f"{path} is damaged, or a checkpoint of another script")
+
+
+def save_checkpoint(checkpoint, path):
+    """Replaces the file at `path` in one step: killed at any moment, on a full disk too, it is the old or the new one."""
+    with open(path.with_suffix(".part"), "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+def first_free(path):
+    """Makes the first folder of `path`, `path`-2, `path`-3, ... that is not there yet, and returns its path."""
+    for n in itertools.count(1):
+        try:
+            free = path.with_name(f"{path.name}-{n}") if n > 1 else path
+            free.mkdir(parents=True)
+            return free
+        except FileExistsError:
+            continue
+
+
+def main():
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    args = parse_args()
+    try:
+        sample(args) if args.sample else train(args)
+    except KeyboardInterrupt as interrupt:
+        path = args.out_dir and args.out_dir / "checkpoint.pt"
+        print(f"\nstopped; go on with --resume {path}" if path and path.exists() else "\nstopped", file=sys.stderr)
+        sys.exit(128 + interrupt.args[0])
+    except (OSError, ValueError, MemoryError) as error:
+        sys.exit(f"dcgan.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
