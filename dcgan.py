@@ -3,6 +3,7 @@ Generative Adversarial Networks" (2016, arXiv:1511.06434).
 """
 
 import argparse
+import io
 import itertools
 import math
 import os
@@ -30,7 +31,7 @@ DIGITS = ("mnist", "fashion-mnist", "synthetic")  # one channel, 28x28, padded t
 NETWORK = ("dataset", "image_size", "channels", "latent_dim", "width")  # what a checkpoint fixes
 METRICS = ("loss_d", "loss_g", "d_real", "d_fake")  # the last two are mean D(x) and D(G(z)), probabilities
 MEMORY_SHARE = 0.25  # a folder that would fill more of the device's memory than this streams from the disk
-WORKERS = min(8, os.cpu_count() or 1)
+WORKERS = min(8, torch.get_num_threads())  # that decode images
 
 
 def above(low, kind=int):
@@ -43,8 +44,8 @@ def above(low, kind=int):
 
 
 def parse_args(argv=None):
-    defaults = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description="Deep convolutional GAN.", usage=argparse.SUPPRESS, formatter_class=defaults)
+    defaults = argparse.ArgumentDefaultsHelpFormatter  # and no usage, which would go before every error
+    parser = argparse.ArgumentParser("dcgan.py", argparse.SUPPRESS, __doc__.split("\n")[0], formatter_class=defaults)
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=above(0), default=25, metavar="N", help="passes over the training set")
     add("--batch-size", type=above(0), default=128, metavar="N", help="images a step")
@@ -53,19 +54,19 @@ def parse_args(argv=None):
     add("--cuda", action="store_true", help="train on the GPU")
     add("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16")
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=(*DIGITS, "cifar10", "folder"), help="left out: mnist, or synthetic if that cannot be had")
-    add("--data-dir", default="data", metavar="DIR", help="where data sets are kept; with folder, the images themselves")
+    add("--dataset", choices=(*DIGITS, "cifar10", "folder"), help="left out: mnist, or synthetic without a network")
+    add("--data-dir", default="data", metavar="DIR", help="where the data sets are; with folder, the images")
     add("--image-size", type=above(0), metavar="N", help="4 to 7 times a power of two; left out: 32, with folder 64")
     add("--channels", type=int, choices=(1, 3), help="with folder: gray or colour; left out: colour")
     add = parser.add_argument_group("networks").add_argument
     add("--latent-dim", type=above(0), default=100, metavar="N", help="size of z")
     add("--width", type=above(0), default=64, metavar="N", help="channels of the narrowest level")
     add = parser.add_argument_group("files").add_argument
-    add("--out-dir", type=Path, metavar="DIR", help="where the run writes; left out: the first free of runs/dcgan, -2, ...")
+    add("--out-dir", type=Path, metavar="DIR", help="of the run; left out: the first free of runs/dcgan, -2, ...")
     add("--resume", type=Path, metavar="CKPT", help="go on where that checkpoint stopped, beside it")
     add("--sample", type=Path, metavar="CKPT", help="no training: write images from that checkpoint, beside it")
     add("--num-samples", type=above(0), default=64, metavar="N", help="how many images --sample writes")
-    add("--interpolate", type=above(0), metavar="N", help="with --sample: N walks between two z, ten images each, instead")
+    add("--interpolate", type=above(0), metavar="N", help="with --sample: N walks between two z instead")
 
     args, checkpoint = parser.parse_args(argv), None
     path = args.resume or args.sample
@@ -78,7 +79,7 @@ def parse_args(argv=None):
             args = parser.parse_args(argv)
             for name in NETWORK:
                 if getattr(args, name) != checkpoint["args"][name]:
-                    raise ValueError(f"{path} has {name} {checkpoint['args'][name]}: leave --{name.replace('_', '-')} out")
+                    raise ValueError(f"--{name.replace('_', '-')} cannot change, and {path} fixes it: leave it out")
         elif args.channels and args.dataset != "folder":
             raise ValueError("--channels is for --dataset folder")
         args.checkpoint = checkpoint
@@ -86,7 +87,7 @@ def parse_args(argv=None):
         args.image_size = args.image_size or (64 if args.dataset == "folder" else 32)
         base_and_steps(args.image_size)
         if args.dataset in (None, *DIGITS) and args.image_size < 28:
-            raise ValueError(f"--image-size {args.image_size} is too small for digits of 28x28, which are padded: try 32")
+            raise ValueError("--image-size: digits of 28x28 are padded and never cut, so 28 is the least")
         written = args.out_dir and args.out_dir / "checkpoint.pt"
         if written and written.exists() and not (args.sample or args.resume and args.resume.samefile(written)):
             raise ValueError(f"{args.out_dir} holds a run: --resume {written}, or choose another --out-dir")
@@ -100,19 +101,19 @@ def load_images(args, device):
 
     Digits are padded with black, CIFAR-10 is resized. Where no set was named and MNIST cannot be had, warns and sets
     args.dataset to synthetic. Raises OSError if the named set is neither there nor to be had."""
-    kinds = {None: datasets.MNIST, "mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}
     if args.dataset == "folder":
         return load_folder(Path(args.data_dir), args.image_size, args.channels, device)
-    if args.dataset in kinds:
+    if args.dataset != "synthetic":
+        name = args.dataset or "mnist"
+        kind = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
         socket.setdefaulttimeout(10)  # seconds; torchvision sets none, and a dead network would hang
         try:
-            images = torch.as_tensor(kinds[args.dataset](args.data_dir, download=True).data)
-            args.dataset = args.dataset or "mnist"
+            images, args.dataset = torch.as_tensor(kind(args.data_dir, download=True).data), name
         except Exception as error:  # no network, no room, a torn file: torchvision raises many kinds
-            reason = f"{args.dataset or 'mnist'} is not in {args.data_dir}, and the download failed: {error}"
+            reason = f"{name} is neither whole in {args.data_dir} nor to be downloaded ({' '.join(str(error).split())})"
             if args.dataset:
-                raise OSError(reason) from error
-            print(f"warning: {reason}; training on synthetic digits", file=sys.stderr)
+                raise OSError(f"{reason}: put it there, or choose another --dataset") from error
+            print(f"warning: {reason}, training on synthetic digits", file=sys.stderr)
             args.dataset = "synthetic"
     if args.dataset == "synthetic":
         images = synthetic_digits(20_000, seed=0)
@@ -129,11 +130,12 @@ def synthetic_digits(count, seed):
         glyphs.append(Image.new("L", (28, 28)))
         ImageDraw.Draw(glyphs[-1]).text((14, 14), digit, 255, ImageFont.load_default(26), anchor="mm")
     random = torch.Generator().manual_seed(seed)
-    glyphs = torch.stack([pil_to_tensor(glyph).float() for glyph in glyphs])[torch.randint(10, (count,), generator=random)]
+    glyphs = torch.stack([pil_to_tensor(glyph).float() for glyph in glyphs])
+    glyphs = glyphs[torch.randint(10, (count,), generator=random)]
     turn, slant, wide, tall, right, down = torch.empty(6, count).uniform_(-1, 1, generator=random)
     wide, tall, sin, cos = 1.1 + 0.2 * wide, 1.1 + 0.15 * tall, torch.sin(turn / 4), torch.cos(turn / 4)
-    warp = torch.stack([wide * cos, wide * (slant / 3 - sin), right / 6, tall * sin, tall * cos, down / 6], 1).view(-1, 2, 3)
-    grid = F.affine_grid(warp, [count, 1, 28, 28], align_corners=False)
+    warp = torch.stack([wide * cos, wide * (slant / 3 - sin), right / 6, tall * sin, tall * cos, down / 6], 1)
+    grid = F.affine_grid(warp.view(count, 2, 3), [count, 1, 28, 28], align_corners=False)
     return F.grid_sample(glyphs, grid, align_corners=False).round().byte().squeeze(1)
 
 
@@ -164,7 +166,7 @@ class ImageFiles(Dataset):
 
 
 def load_folder(folder, size, channels, device):
-    """All images below `folder`, as load_images says. Decodes each once here, and names and leaves out what is no image."""
+    """All images below `folder`, as in load_images. Decodes each once, and names and leaves out what is no image."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33
     if device.type == "cuda":
@@ -213,10 +215,10 @@ class Generator(nn.Sequential):
     def __init__(self, image_size, channels, latent_dim, width):
         base, steps = base_and_steps(image_size)
         c = width << (steps - 1)
-        levels = [nn.Linear(latent_dim, c * base**2, bias=False), nn.Unflatten(1, (c, base, base))]  # (B, c, base, base)
+        levels = [nn.Linear(latent_dim, c * base**2, bias=False), nn.Unflatten(1, (c, base, base))]
         for _ in range(steps - 1):
-            levels += [nn.BatchNorm2d(c), nn.ReLU(inplace=True)]
-            levels += [nn.ConvTranspose2d(c, c // 2, 4, 2, 1, bias=False)]  # (B, c, h, h) to (B, c/2, 2h, 2h)
+            levels += [nn.BatchNorm2d(c), nn.ReLU(inplace=True)]  # (B, c, h, h), h = base at first
+            levels += [nn.ConvTranspose2d(c, c // 2, 4, 2, 1, bias=False)]  # (B, c/2, 2h, 2h)
             c //= 2
         levels += [nn.BatchNorm2d(c), nn.ReLU(inplace=True), nn.ConvTranspose2d(c, channels, 4, 2, 1), nn.Tanh()]
         super().__init__(*levels)
@@ -229,12 +231,12 @@ class Discriminator(nn.Sequential):
     def __init__(self, image_size, channels, width):
         base, steps = base_and_steps(image_size)
         c = width
-        levels = [nn.Conv2d(channels, c, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]  # (B, c, image_size/2, image_size/2)
+        levels = [nn.Conv2d(channels, c, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]  # (B, c, h, h), h = image_size/2
         for _ in range(steps - 1):
-            levels += [nn.Conv2d(c, 2 * c, 4, 2, 1, bias=False)]  # (B, c, h, h) to (B, 2c, h/2, h/2)
+            levels += [nn.Conv2d(c, 2 * c, 4, 2, 1, bias=False)]  # (B, 2c, h/2, h/2)
             levels += [nn.BatchNorm2d(2 * c), nn.LeakyReLU(0.2, inplace=True)]
             c *= 2
-        levels += [nn.Conv2d(c, 1, base), nn.Flatten(0)]  # (B, c, base, base) to (B,): all of it into one output
+        levels += [nn.Conv2d(c, 1, base), nn.Flatten(0)]  # (B, c, base, base) to (B,): all into one output
         super().__init__(*levels)
         self.apply(initialize)
 
@@ -333,7 +335,8 @@ def train(args):
         checkpoint |= dict(format=FORMAT, epoch=epoch, seconds=seconds, metrics=rows, rng=torch.get_rng_state())
         checkpoint["cuda_rng"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         kept = (*NETWORK, "epochs", "batch_size", "lr", "seed", "bf16", "data_dir")
-        save_checkpoint(checkpoint | dict(args={name: getattr(args, name) for name in kept}), args.out_dir / "checkpoint.pt")
+        checkpoint["args"] = {name: getattr(args, name) for name in kept}
+        save_checkpoint(checkpoint, args.out_dir / "checkpoint.pt")
 
 
 @torch.no_grad()
@@ -377,7 +380,7 @@ def sample(args):
 
 
 def load_checkpoint(path):
-    """The dict that train() saved to `path`. Raises ValueError if the file is torn or anything else; runs no code in it."""
+    """The dict that train() saved to `path`. ValueError if it is damaged or of another script; runs no code it holds."""
     try:
         if zipfile.ZipFile(path).testzip() is None:  # torch.load does not compare checksums
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -391,9 +394,11 @@ def load_checkpoint(path):
 
 
 def save_checkpoint(checkpoint, path):
-    """Replaces the file at `path` in one step: killed at any moment, on a full disk too, it is the old or the new one."""
+    """Replaces the file at `path` in one step: after a kill or on a full disk it is the old one or the new one, whole."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
     with open(path.with_suffix(".part"), "wb") as file:
-        torch.save(checkpoint, file)
+        file.write(buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, path)
@@ -423,8 +428,12 @@ def main():
         path = args.out_dir and args.out_dir / "checkpoint.pt"
         print(f"\nstopped; go on with --resume {path}" if path and path.exists() else "\nstopped", file=sys.stderr)
         sys.exit(128 + interrupt.args[0])
-    except (OSError, ValueError, MemoryError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"dcgan.py: error: {error}")
+    except RuntimeError as error:
+        if "allocate" not in str(error) and "overflow" not in str(error):
+            raise
+        sys.exit("dcgan.py: error: out of memory: lower --batch-size, --width, --image-size or --latent-dim")
 
 
 if __name__ == "__main__":

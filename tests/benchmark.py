@@ -1,0 +1,215 @@
+"""Measures what the README reports; a command, not a test. Prints markdown rows.
+
+    python tests/benchmark.py speed                    images/s of the training loop beside the plain way, one process
+    python tests/benchmark.py quality DIR [DIR ...]    folders of generated digits (--sample) beside the MNIST test set
+
+Both read MNIST from --data-dir (data).
+"""
+
+import argparse
+import csv
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import datasets, transforms
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dcgan
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+# speed: the same networks, trained by the script's own train() and in the plain way
+
+
+def plain_dcgan(data_dir, image_size, steps):
+    """images/s of the loop as it is commonly written: float32, NCHW, unfused Adam, PIL transforms image by image in a
+    DataLoader, every gradient computed, three losses read in each step."""
+    margin = (image_size - 28) // 2
+    transform = transforms.Compose([transforms.Pad(margin), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
+    loader = DataLoader(datasets.MNIST(data_dir, transform=transform), batch_size=128, shuffle=True, drop_last=True)
+    generator, discriminator = dcgan.Generator(image_size, 1, 100, 64), dcgan.Discriminator(image_size, 1, 64)
+    optimizer_g = torch.optim.Adam(generator.parameters(), 2e-4, betas=(0.5, 0.999))
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), 2e-4, betas=(0.5, 0.999))
+    criterion, ones, zeros = nn.BCEWithLogitsLoss(), torch.ones(128), torch.zeros(128)
+    for step, (x, _) in enumerate(loader):
+        if step == 2:  # two steps to warm up
+            began = time.perf_counter()
+        elif step == 2 + steps:
+            return 128 * steps / (time.perf_counter() - began)
+        optimizer_d.zero_grad()
+        loss_real = criterion(discriminator(x), ones)
+        loss_real.backward()
+        fake = generator(torch.randn(128, 100))
+        loss_fake = criterion(discriminator(fake.detach()), zeros)
+        loss_fake.backward()
+        optimizer_d.step()
+        optimizer_g.zero_grad()
+        loss_g = criterion(discriminator(fake), ones)
+        loss_g.backward()
+        optimizer_g.step()
+        loss_real.item(), loss_fake.item(), loss_g.item()
+
+
+def ours_dcgan(data_dir, image_size, steps, *flags):
+    """images/s that dcgan.train() itself reports for its second epoch, of `steps` steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = f"--dataset mnist --data-dir {data_dir} --image-size {image_size} --epochs 2 --out-dir {folder}/run"
+        load_images = dcgan.load_images
+        dcgan.load_images = lambda *args: load_images(*args)[: 128 * steps]
+        dcgan.train(dcgan.parse_args([*command.split(), *flags]))
+        dcgan.load_images = load_images
+        return float(list(csv.DictReader(open(f"{folder}/run/metrics.csv")))[-1]["images_per_second"])
+
+
+def dcgan_flops(image_size):
+    """Floating-point operations of one training step of 128 images: the convolutions and matrix products of both networks."""
+    generate, dcgan.generate = dcgan.generate, lambda generator, z: torch.zeros(64, 1, 8, 8)  # the grid does not count
+    with FlopCounterMode(display=False) as counter, tempfile.TemporaryDirectory() as folder:
+        load_images, dcgan.load_images = dcgan.load_images, lambda args, device: torch.zeros(128, 1, image_size, image_size).byte()
+        flags = f"--dataset synthetic --image-size {image_size} --epochs 1 --out-dir {folder}/run"
+        dcgan.train(dcgan.parse_args(flags.split()))
+    dcgan.generate, dcgan.load_images = generate, load_images
+    return counter.get_total_flops()
+
+
+def matmul_rate():
+    """The most floating-point operations per second that a square bfloat16 matrix product reaches here."""
+    rates = []
+    for n in (1024, 2048, 4096) * 3:
+        a, b, out = (torch.randn(n, n).bfloat16() for _ in range(3))
+        torch.mm(a, b, out=out)
+        began = time.perf_counter()
+        torch.mm(a, b, out=out)
+        rates.append(2 * n**3 / (time.perf_counter() - began))
+    return max(rates)
+
+
+def speed(args):
+    print("| dcgan.py | plain, images/s | float32 | ratio | --bf16 | ratio | of the bf16 matmul rate |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for image_size, steps in ((32, 24), (64, 6)):
+        flops, rounds = dcgan_flops(image_size) / 128, []
+        for n in range(args.rounds):  # in turn, so that the machine's own ups and downs meet all alike
+            plain = plain_dcgan(args.data_dir, image_size, steps)
+            ours = ours_dcgan(args.data_dir, image_size, steps)
+            bf16 = ours_dcgan(args.data_dir, image_size, steps, "--bf16")
+            rounds.append((plain, ours, ours / plain, bf16, bf16 / plain, bf16 * flops / matmul_rate()))
+            say(f"{image_size} pixels, round {n + 1}/{args.rounds}: " + "  ".join(f"{value:.2f}" for value in rounds[-1]))
+        row = [statistics.median(column) for column in zip(*rounds)]
+        print("| {} pixels | {:.0f} | {:.0f} | {:.2f} | {:.0f} | {:.2f} | {:.2f} |".format(image_size, *row), flush=True)
+
+
+# quality: generated digits seen through a classifier
+
+
+class Classifier(nn.Module):
+    """Digits (B, 1, 28, 28) in [-1, 1] to logits (B, 10); features() are the 128 values before them."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),  # (B, 32, 14, 14)
+            nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),  # (B, 64, 7, 7)
+            nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Dropout(0.5),
+        )  # fmt: skip
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def mnist(data_dir, train):
+    data = datasets.MNIST(data_dir, train=train)
+    return data.data[:, None].float() / 127.5 - 1, data.targets
+
+
+def digit_classifier(data_dir):
+    """A Classifier trained on MNIST for 3 epochs from seed 0, kept in runs/benchmark/classifier.pt."""
+    path, model = Path("runs/benchmark/classifier.pt"), Classifier()
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.eval()
+    torch.manual_seed(0)
+    model.apply(lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None)
+    images, labels = mnist(data_dir, train=True)
+    epochs, batch = 3, 128
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * (len(images) // batch))
+    for epoch in range(epochs):
+        for step, index in enumerate(torch.randperm(len(images)).split(batch)[: len(images) // batch]):
+            loss = F.cross_entropy(model(images[index]), labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if step % 100 == 0:
+                say(f"classifier: epoch {epoch + 1}/{epochs}, step {step}, loss {loss.item():.3f}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+    return model.eval()
+
+
+@torch.no_grad()
+def look(model, images):
+    """Features (N, 128), double, and class probabilities (N, 10) of images (N, 1, 28, 28) in [-1, 1]."""
+    features = torch.cat([model.features(part) for part in images.split(1000)])
+    return features.double(), model.head(features).softmax(1)
+
+
+def frechet_distance(a, b):
+    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two sets of features (N, D): Heusel et al. 2017, eq. 6.
+
+    The trace of the root is the sum of the roots of the eigenvalues of R C_b R, symmetric, where R R = C_a."""
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+
+
+def quality(args):
+    model = digit_classifier(args.data_dir)
+    images, labels = mnist(args.data_dir, train=False)
+    real, probabilities = look(model, images)
+    say(f"classifier: {(probabilities.argmax(1) == labels).double().mean():.2%} of the test set right")
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
+    halves = frechet_distance(real[order[:5000]], real[order[5000:]])
+    print("| images | Fréchet distance | digits 0 to 9, % | confident (p > 0.9) |")
+    print("| --- | --- | --- | --- |")
+    sets = [(f"{folder} ({len(files):,})", files) for folder in args.folders for files in [sorted(Path(folder).glob("*.png"))]]
+    rows = [("test set, one half against the other", halves, probabilities)]
+    for name, files in sets:
+        pixels = torch.from_numpy(np.stack([np.asarray(Image.open(file).convert("L")) for file in files]))
+        features, probabilities = look(model, pixels[:, None].float() / 127.5 - 1)
+        rows.append((name, frechet_distance(features, real), probabilities))
+    for name, distance, probabilities in rows:
+        shares = torch.bincount(probabilities.argmax(1), minlength=10) / len(probabilities) * 100
+        confident = (probabilities.max(1).values > 0.9).double().mean()
+        print(f"| {name} | {distance:.1f} | {' '.join(f'{share:.1f}' for share in shares)} | {confident:.1%} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=("speed", "quality"))
+    parser.add_argument("folders", nargs="*", help="quality: folders of 28x28 images")
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--rounds", type=int, default=3, help="speed: measurements, of which the median counts")
+    args = parser.parse_args()
+    {"speed": speed, "quality": quality}[args.table](args)
+
+
+if __name__ == "__main__":
+    main()

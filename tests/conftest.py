@@ -1,0 +1,43 @@
+"""What the tests share: a tiny MNIST in the published file format, and comparing two runs to the bit."""
+
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dcgan  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A data folder that holds 256 + 64 synthetic digits as MNIST's four files."""
+    folder = tmp_path_factory.mktemp("data")
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, count, seed in (("train", 256, 0), ("t10k", 64, 1)):
+        images = dcgan.synthetic_digits(count, seed)
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + images.numpy().tobytes())
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + bytes(i % 10 for i in range(count)))
+    return folder
+
+
+def same(a, b):
+    """Whether two nests of dicts, lists, tensors and numbers are equal to the bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def result(out_dir):
+    """What a finished run left, without its timings: checkpoint, metrics and grids, to be compared with same()."""
+    checkpoint = torch.load(out_dir / "checkpoint.pt", weights_only=True)
+    checkpoint.pop("seconds")
+    checkpoint["metrics"] = [row[:-2] for row in checkpoint["metrics"]]
+    lines = [line.split(",")[:-2] for line in (out_dir / "metrics.csv").read_text().splitlines()]
+    grids = {path.name: list(path.read_bytes()) for path in sorted((out_dir / "samples").iterdir())}
+    return {"checkpoint": checkpoint, "metrics.csv": lines, "samples": grids, "files": sorted(p.name for p in out_dir.iterdir())}
