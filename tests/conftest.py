@@ -11,16 +11,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dcgan  # noqa: E402
 
 
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    """A data folder that holds 256 + 64 synthetic digits as MNIST's four files."""
-    folder = tmp_path_factory.mktemp("data")
+def write_mnist(folder, count):
+    """Puts `count` + 64 synthetic digits into `folder` as MNIST's four files."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for name, count, seed in (("train", 256, 0), ("t10k", 64, 1)):
-        images = dcgan.synthetic_digits(count, seed)
-        (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + images.numpy().tobytes())
-        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + bytes(i % 10 for i in range(count)))
+    for name, n, seed in (("train", count, 0), ("t10k", 64, 1)):
+        images = dcgan.synthetic_digits(n, seed)
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, n, 28, 28) + images.numpy().tobytes())
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, n) + bytes(i % 10 for i in range(n)))
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_mnist(folder, 256)
     return folder
 
 

@@ -1,0 +1,399 @@
+"""Variational autoencoder: Kingma & Welling, "Auto-Encoding Variational Bayes" (2014, arXiv:1312.6114).
+"""
+
+import argparse
+import io
+import itertools
+import math
+import os
+import signal
+import socket
+import sys
+import time
+import zipfile
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torchvision import datasets
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+from common import save_grid, select_device
+
+FORMAT = "vae 1"  # marks a checkpoint: one of another script, or of another version, is refused
+DIGITS = ("mnist", "fashion-mnist", "synthetic")  # one channel, 28x28
+NETWORK = ("dataset", "hidden_dim", "latent_dim", "autoencoder")  # what a checkpoint fixes
+
+
+def above(low, kind=int):
+    def number(text):
+        if not low < kind(text) < 2**63:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and 2^63, both excluded")
+        return kind(text)
+
+    return number
+
+
+def parse_args(argv=None):
+    defaults = argparse.ArgumentDefaultsHelpFormatter  # and no usage, which would go before every error
+    parser = argparse.ArgumentParser("vae.py", argparse.SUPPRESS, __doc__.split("\n")[0], formatter_class=defaults)
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=above(0), default=10, metavar="N", help="passes over the training set")
+    add("--batch-size", type=above(0), default=128, metavar="N", help="images a step")
+    add("--lr", type=above(0, float), metavar="X", help="learning rate of Adam; left out: 5e-3 at the peak, or 1e-3 constant")
+    add("--constant-lr", action=argparse.BooleanOptionalAction, default=False, help="a constant rate, not one cycle up and down")
+    add("--beta", type=above(0, float), default=1.0, metavar="X", help="weight of the KL term in training")
+    add("--seed", type=above(-1), default=0, metavar="N", help="one seed makes a CPU run repeatable to the bit")
+    add("--cuda", action="store_true", help="train on the GPU")
+    add("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=DIGITS, help="left out: mnist, or synthetic without a network")
+    add("--data-dir", default="data", metavar="DIR", help="where the data sets are")
+    add = parser.add_argument_group("networks").add_argument
+    add("--latent-dim", type=above(0), default=20, metavar="N", help="size of z")
+    add("--hidden-dim", type=above(0), default=400, metavar="N", help="units of the hidden layers")
+    add("--autoencoder", action="store_true", help="the deterministic twin: z is the mean, and there is no KL term")
+    add = parser.add_argument_group("files").add_argument
+    add("--out-dir", type=Path, metavar="DIR", help="of the run; left out: the first free of runs/vae, -2, ...")
+    add("--resume", type=Path, metavar="CKPT", help="go on where that checkpoint stopped, beside it")
+    add("--sample", type=Path, metavar="CKPT", help="no training: write images from that checkpoint, beside it")
+    add("--num-samples", type=above(0), default=64, metavar="N", help="how many images --sample writes")
+    add("--interpolate", type=above(0), metavar="N", help="with --sample: N walks between two held-out images instead")
+    add("--eval", type=Path, metavar="CKPT", help="no training: print the bound on log p(x) of that checkpoint")
+    add("--importance-samples", type=above(0), default=100, metavar="K", help="z an image that --eval draws")
+
+    args, checkpoint = parser.parse_args(argv), None
+    path = args.resume or args.sample or args.eval
+    try:
+        if sum(map(bool, (args.resume, args.sample, args.eval))) > 1 or args.interpolate and not args.sample:
+            raise ValueError("--interpolate needs --sample; --resume, --sample and --eval exclude each other")
+        if path:  # its arguments become the defaults, so that no other flag is needed
+            checkpoint = load_checkpoint(path)
+            parser.set_defaults(out_dir=path.parent, **checkpoint["args"])
+            args = parser.parse_args(argv)
+            for name in NETWORK:
+                if getattr(args, name) != checkpoint["args"][name]:
+                    raise ValueError(f"--{name.replace('_', '-')} cannot change, and {path} fixes it: leave it out")
+        if args.autoencoder and (args.eval or args.sample and not args.interpolate):
+            raise ValueError(f"{path} is an autoencoder, which has no prior to sample from and no likelihood: try --interpolate")
+        args.checkpoint = checkpoint
+        written = args.out_dir and args.out_dir / "checkpoint.pt"
+        if written and written.exists() and not (args.sample or args.eval or args.resume and args.resume.samefile(written)):
+            raise ValueError(f"{args.out_dir} holds a run: --resume {written}, or choose another --out-dir")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return args
+
+
+def load_images(args, device):
+    """The training and the held-out images: two uint8 tensors (N, 784) on the device.
+
+    Where no set was named and MNIST cannot be had, warns and sets args.dataset to synthetic. Raises OSError if the named
+    set is neither there nor to be had."""
+    if args.dataset != "synthetic":
+        name = args.dataset or "mnist"
+        kind = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}[name]
+        socket.setdefaulttimeout(10)  # seconds; torchvision sets none, and a dead network would hang
+        try:
+            images = [kind(args.data_dir, train=train, download=True).data for train in (True, False)]
+            args.dataset = name
+        except Exception as error:  # no network, no room, a torn file: torchvision raises many kinds
+            reason = f"{name} is neither whole in {args.data_dir} nor to be downloaded ({' '.join(str(error).split())})"
+            if args.dataset:
+                raise OSError(f"{reason}: put it there, or choose another --dataset") from error
+            print(f"warning: {reason}, training on synthetic digits", file=sys.stderr)
+            args.dataset = "synthetic"
+    if args.dataset == "synthetic":
+        images = [synthetic_digits(20_000, seed=0), synthetic_digits(2_000, seed=1)]
+    return [part.flatten(1).to(device) for part in images]
+
+
+def synthetic_digits(count, seed):
+    """`count` digits in Pillow's own font, randomly turned, scaled, slanted and moved: uint8 (count, 28, 28)."""
+    glyphs = []
+    for digit in "0123456789":
+        glyphs.append(Image.new("L", (28, 28)))
+        ImageDraw.Draw(glyphs[-1]).text((14, 14), digit, 255, ImageFont.load_default(26), anchor="mm")
+    random = torch.Generator().manual_seed(seed)
+    glyphs = torch.stack([pil_to_tensor(glyph).float() for glyph in glyphs])
+    glyphs = glyphs[torch.randint(10, (count,), generator=random)]
+    turn, slant, wide, tall, right, down = torch.empty(6, count).uniform_(-1, 1, generator=random)
+    wide, tall, sin, cos = 1.1 + 0.2 * wide, 1.1 + 0.15 * tall, torch.sin(turn / 4), torch.cos(turn / 4)
+    warp = torch.stack([wide * cos, wide * (slant / 3 - sin), right / 6, tall * sin, tall * cos, down / 6], 1)
+    grid = F.affine_grid(warp.view(count, 2, 3), [count, 1, 28, 28], align_corners=False)
+    return F.grid_sample(glyphs, grid, align_corners=False).round().byte().squeeze(1)
+
+
+def batches(images, batch_size):
+    """One epoch in random order, the last partial batch dropped: floats (batch_size, 784) in [0, 1]."""
+    order = torch.randperm(len(images))[: len(images) // batch_size * batch_size].view(-1, batch_size)
+    for index in order.to(images.device):
+        yield images[index].float().div(255)
+
+
+class VAE(nn.Module):
+    """Encoder q(z|x) = N(mean, exp(logvar)), decoder p(x|z) = Bernoulli(sigmoid(logits)), one hidden layer each (app. C).
+
+    As an autoencoder: z is the mean, and logvar is not used."""
+
+    def __init__(self, hidden_dim, latent_dim, autoencoder=False):
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.encoder = nn.Sequential(nn.Linear(784, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 2 * latent_dim))
+        self.decoder = nn.Sequential(nn.Linear(latent_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 784))
+
+    def encode(self, x):
+        """x (B, 784) in [0, 1] to mean and logvar, each (B, latent_dim)."""
+        return self.encoder(x).float().chunk(2, dim=1)
+
+    def forward(self, x, epsilon):
+        """x (B, 784) in [0, 1] and epsilon (B, latent_dim) from N(0, I) to logits (B, 784), mean and logvar."""
+        mean, logvar = self.encode(x)
+        z = mean if self.autoencoder else reparameterize(mean, logvar, epsilon)
+        return self.decoder(z).float(), mean, logvar
+
+
+def reparameterize(mean, logvar, epsilon):
+    """z ~ N(mean, exp(logvar)) as a function of epsilon ~ N(0, I) that gradients pass through: section 2.4."""
+    return mean + torch.exp(0.5 * logvar) * epsilon
+
+
+def reconstruction_loss(logits, x):
+    """-log p(x|z), nats: the Bernoulli cross-entropy (app. C.1), summed over pixels, averaged over the batch."""
+    return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
+
+
+def kl_divergence(mean, logvar):
+    """KL(q(z|x) || N(0, I)), nats: appendix B, summed over latent dimensions, averaged over the batch."""
+    return -0.5 * (1 + logvar - mean.square() - logvar.exp()).sum() / len(mean)
+
+
+def one_cycle(progress):
+    """Learning rate as a share of its peak, at `progress` from 0 to 1: by a cosine from 0.04 up to 1 for the first 30 %, by
+    another down to 0 (Smith & Topin 2018, arXiv:1708.07120)."""
+    if progress < 0.3:
+        return 0.52 - 0.48 * math.cos(math.pi * progress / 0.3)
+    return 0.5 + 0.5 * math.cos(math.pi * (progress - 0.3) / 0.7)
+
+
+@torch.no_grad()
+def evaluate(model, images, seed):
+    """Mean reconstruction and KL term over images, uint8 (N, 784), in nats: z is sampled, or their sum is no ELBO."""
+    random, sums = torch.Generator(images.device).manual_seed(seed), 0
+    for part in images.split(1000):
+        x = part.float().div(255)
+        epsilon = torch.randn(len(x), model.decoder[0].in_features, generator=random, device=x.device)
+        logits, mean, logvar = model(x, epsilon)
+        sums += len(x) * torch.stack([reconstruction_loss(logits, x), kl_divergence(mean, logvar)]).double()
+    return (sums / len(images)).tolist()
+
+
+def train(args):
+    device = select_device(args.cuda)
+    images, held_out = load_images(args, device)
+    steps = len(images) // args.batch_size
+    if steps == 0:
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(images):,} images of {args.dataset}")
+
+    torch.manual_seed(args.seed)
+    model = VAE(args.hidden_dim, args.latent_dim, args.autoencoder).to(device)
+    peak = args.lr or (1e-3 if args.constant_lr else 5e-3)
+    optimizer = torch.optim.Adam(model.parameters(), peak, fused=True)
+    fixed_noise = torch.randn(64, args.latent_dim, generator=torch.Generator().manual_seed(args.seed)).to(device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+    metrics = ("train_loss", "test_loss", "test_reconstruction", "test_kl")  # loss: the negative ELBO, nats an image
+    if args.autoencoder:
+        metrics = ("train_reconstruction", "test_reconstruction")
+
+    parts = dict(model=model, optimizer=optimizer)
+    start, seconds, rows = 0, 0.0, []
+    if args.checkpoint:
+        start, seconds, rows = (args.checkpoint[name] for name in ("epoch", "seconds", "metrics"))
+        for name, part in parts.items():
+            part.load_state_dict(args.checkpoint[name])
+        torch.set_rng_state(args.checkpoint["rng"])
+        if device.type == "cuda" and args.checkpoint["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(args.checkpoint["cuda_rng"], device)
+    args.out_dir = args.out_dir or first_free(Path("runs/vae"))
+    for name in ("samples", "reconstructions")[args.autoencoder :]:
+        (args.out_dir / name).mkdir(parents=True, exist_ok=True)
+    print(f"{args.dataset}: {len(images):,} images of 1x28x28, on {device.type}, to {args.out_dir}", flush=True)
+
+    for epoch in range(start + 1, args.epochs + 1):
+        totals = torch.zeros(2, device=device)
+        began = shown = time.perf_counter()
+        for step, x in enumerate(batches(images, args.batch_size), 1):
+            progress = ((epoch - 1) * steps + step) / (args.epochs * steps)
+            optimizer.param_groups[0]["lr"] = peak if args.constant_lr else peak * one_cycle(progress)
+            with autocast:
+                logits, mean, logvar = model(x, torch.randn(args.batch_size, args.latent_dim, device=device))
+            reconstruction, kl = reconstruction_loss(logits, x), kl_divergence(mean, logvar)
+            loss = reconstruction if args.autoencoder else reconstruction + args.beta * kl  # minus eq. 10, if beta is 1
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+            totals += torch.stack([reconstruction, kl]).detach()
+            if step == steps or sys.stdout.isatty() and time.perf_counter() - shown > 0.5:
+                terms = (totals / step).tolist()  # only here does the CPU wait for the GPU
+                shown = time.perf_counter()
+                rate = step * args.batch_size / (shown - began)
+                left = timedelta(seconds=round(((args.epochs - epoch + 1) * steps - step) * args.batch_size / rate))
+                means = [terms[0] if args.autoencoder else sum(terms)]
+                if step == steps:
+                    terms = evaluate(model, held_out, args.seed)
+                    means += terms[:1] if args.autoencoder else [sum(terms), *terms]
+                losses = "  ".join(f"{name} {mean:.2f}" for name, mean in zip(metrics, means))
+                line = f"epoch {epoch}/{args.epochs}  {step}/{steps}  {losses}  {rate:,.0f} images/s  {left} left"
+                print(f"\r{line} " if sys.stdout.isatty() else line, end="\n" if step == steps else "", flush=True)
+        if not all(map(math.isfinite, means)):
+            raise ValueError(f"a loss is not finite in epoch {epoch}, {epoch - 1} epochs are saved: try a lower --lr")
+        seconds += shown - began
+        rows.append([epoch, *means, rate, seconds])
+        # The checkpoint comes last: a run killed before it does the whole epoch again, and these files with it.
+        name = f"epoch_{epoch:04d}.png"
+        if not args.autoencoder:
+            save_grid(decode(model, fixed_noise), args.out_dir / "samples" / name, value_range=(0, 1))
+        x = held_out[:32].float().div(255)
+        pairs = torch.stack([x.view(-1, 8, 784), decode(model, model.encode(x)[0]).view(-1, 8, 784)], 1)  # rows of 8
+        save_grid(pairs.view(-1, 1, 28, 28), args.out_dir / "reconstructions" / name, value_range=(0, 1))
+        lines = [("epoch", *metrics, "images_per_second", "seconds"), *rows]
+        (args.out_dir / "metrics.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
+        checkpoint = {name: part.state_dict() for name, part in parts.items()}
+        checkpoint |= dict(format=FORMAT, epoch=epoch, seconds=seconds, metrics=rows, rng=torch.get_rng_state())
+        checkpoint["cuda_rng"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        kept = (*NETWORK, "epochs", "batch_size", "lr", "constant_lr", "beta", "seed", "bf16", "data_dir")
+        checkpoint["args"] = {name: getattr(args, name) for name in kept}
+        save_checkpoint(checkpoint, args.out_dir / "checkpoint.pt")
+
+    if args.latent_dim == 2 and not args.autoencoder:  # figure 4: the unit square through the Gaussian's quantiles
+        quantiles = torch.special.ndtri((torch.arange(20) + 0.5) / 20)
+        z = torch.cartesian_prod(-quantiles, quantiles).flip(1).to(device)  # z_2 upwards, z_1 to the right
+        save_grid(decode(model, z), args.out_dir / "manifold.png", columns=20, value_range=(0, 1))
+
+
+@torch.no_grad()
+def decode(model, z):
+    """z (B, latent_dim) to images (B, 1, 28, 28) in [0, 1]: the means of p(x|z)."""
+    return model.decoder(z).sigmoid().view(-1, 1, 28, 28)
+
+
+@torch.no_grad()
+def log_likelihood_bound(model, x, count, random):
+    """Lower bounds (B,) on log p(x), in nats, for x (B, 784): Burda et al. 2016 (arXiv:1509.00519), eq. 8.
+
+    The logarithm of the mean of `count` weights p(x, z) / q(z|x) with z ~ q(z|x), 50 at a time to bound the memory."""
+    mean, logvar = model.encode(x)
+    log_sum = torch.full((len(x),), -math.inf, device=x.device)
+    for chunk in torch.empty(count).split(50):
+        epsilon = torch.randn(len(chunk), *mean.shape, generator=random, device=x.device)
+        z = reparameterize(mean, logvar, epsilon)  # (chunk, B, latent_dim)
+        log_px_z = -F.binary_cross_entropy_with_logits(model.decoder(z), x.expand(len(chunk), -1, -1), reduction="none").sum(2)
+        log_pz_qz = 0.5 * (epsilon.square() + logvar - z.square()).sum(2)  # the two 2 pi cancel
+        log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_px_z + log_pz_qz, 0))
+    return log_sum - math.log(count)
+
+
+def evaluate_checkpoint(args):
+    device = select_device(args.cuda)
+    model = restore(args, device)
+    images, bounds = load_images(args, device)[1], []
+    random = torch.Generator(device).manual_seed(args.seed)
+    for part in images.split(100):
+        bounds.append(log_likelihood_bound(model, part.float().div(255), args.importance_samples, random))
+        if sys.stdout.isatty():
+            print(f"\r{100 * len(bounds):,} of {len(images):,} images", end=" ", flush=True)
+    bounds = torch.cat(bounds).double()
+    error = bounds.std() / math.sqrt(len(bounds))
+    print(f"\r{args.dataset}, {len(bounds):,} held-out images: log p(x) >= {bounds.mean():.2f} nats on average", end=" ")
+    print(f"(importance samples {args.importance_samples}, standard error over images {error:.2f})")
+
+
+def sample(args):
+    device = select_device(args.cuda)
+    model = restore(args, device)
+    if args.interpolate:
+        images = load_images(args, device)[1][: 2 * args.interpolate]
+        if len(images) < 2 * args.interpolate:
+            raise ValueError(f"--interpolate {args.interpolate} needs {2 * args.interpolate} held-out images: try fewer")
+        a, b = model.encode(images.float().div(255))[0].detach().chunk(2)
+        t = torch.linspace(0, 1, 10, device=device)[:, None]
+        z, columns, folder = torch.lerp(a[:, None], b[:, None], t).flatten(0, 1), 10, first_free(args.out_dir / "interpolation")
+    else:
+        z = torch.randn(args.num_samples, args.latent_dim, generator=torch.Generator().manual_seed(args.seed)).to(device)
+        columns, folder = 8, first_free(args.out_dir / "generated")
+    images = torch.cat([decode(model, part).cpu() for part in z.split(500)])
+    for n, image in enumerate(images):
+        to_pil_image(image.mul(255).round().byte()).save(folder / f"{n:05d}.png")
+    save_grid(images if args.interpolate else images[:64], folder.with_suffix(".png"), columns, value_range=(0, 1))
+    print(f"{len(images):,} images in {folder}, a grid in {folder}.png")
+
+
+def restore(args, device):
+    model = VAE(args.hidden_dim, args.latent_dim, args.autoencoder)
+    model.load_state_dict(args.checkpoint["model"])
+    return model.to(device)
+
+
+def load_checkpoint(path):
+    """The dict that train() saved to `path`. ValueError if it is damaged or of another script; runs no code it holds."""
+    try:
+        if zipfile.ZipFile(path).testzip() is None:  # torch.load does not compare checksums
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            if checkpoint["format"] == FORMAT:
+                return checkpoint
+    except OSError:
+        raise
+    except Exception as error:  # from zipfile, pickle and torch, of many kinds
+        raise ValueError(f"{path} is no whole checkpoint: {type(error).__name__}") from error
+    raise ValueError(f"{path} is damaged, or a checkpoint of another script")
+
+
+def save_checkpoint(checkpoint, path):
+    """Replaces the file at `path` in one step: after a kill or on a full disk it is the old one or the new one, whole."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    with open(path.with_suffix(".part"), "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+def first_free(path):
+    """Makes the first folder of `path`, `path`-2, `path`-3, ... that is not there yet, and returns its path."""
+    for n in itertools.count(1):
+        try:
+            free = path.with_name(f"{path.name}-{n}") if n > 1 else path
+            free.mkdir(parents=True)
+            return free
+        except FileExistsError:
+            continue
+
+
+def main():
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    args = parse_args()
+    try:
+        evaluate_checkpoint(args) if args.eval else sample(args) if args.sample else train(args)
+    except KeyboardInterrupt as interrupt:
+        path = args.out_dir and args.out_dir / "checkpoint.pt"
+        print(f"\nstopped; go on with --resume {path}" if path and path.exists() else "\nstopped", file=sys.stderr)
+        sys.exit(128 + interrupt.args[0])
+    except (OSError, ValueError) as error:
+        sys.exit(f"vae.py: error: {error}")
+    except RuntimeError as error:
+        if "allocate" not in str(error) and "overflow" not in str(error):
+            raise
+        sys.exit("vae.py: error: out of memory: lower --batch-size, --hidden-dim or --latent-dim")
+
+
+if __name__ == "__main__":
+    main()
