@@ -3,10 +3,12 @@ Generative Adversarial Networks" (2016, arXiv:1511.06434).
 """
 
 import argparse
+import contextlib
 import io
 import itertools
 import math
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -32,25 +34,25 @@ NETWORK = ("dataset", "image_size", "channels", "latent_dim", "width")  # what a
 METRICS = ("loss_d", "loss_g", "d_real", "d_fake")  # the last two are mean D(x) and D(G(z)), probabilities
 MEMORY_SHARE = 0.25  # a folder that would fill more of the device's memory than this streams from the disk
 WORKERS = min(8, torch.get_num_threads())  # that decode images
+TERMINAL = sys.stdout is not None and sys.stdout.isatty()  # else no progress is shown within an epoch
 
 
 def above(low, kind=int):
     def number(text):
-        if not low < kind(text) < 2**63:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and 2^63, both excluded")
+        if not low < kind(text) < 2**33:
+            raise argparse.ArgumentTypeError(f"{text} is not above {low}, or beyond 2^33")
         return kind(text)
 
     return number
 
 
 def parse_args(argv=None):
-    defaults = argparse.ArgumentDefaultsHelpFormatter  # and no usage, which would go before every error
-    parser = argparse.ArgumentParser("dcgan.py", argparse.SUPPRESS, __doc__.split("\n")[0], formatter_class=defaults)
+    parser = argparse.ArgumentParser("dcgan.py", argparse.SUPPRESS)  # no usage, which would go before every error
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=above(0), default=25, metavar="N", help="passes over the training set")
-    add("--batch-size", type=above(0), default=128, metavar="N", help="images a step")
-    add("--lr", type=above(0, float), default=2e-4, metavar="X", help="learning rate of Adam, in both networks")
-    add("--seed", type=above(-1), default=0, metavar="N", help="one seed makes a CPU run repeatable to the bit")
+    add("--epochs", type=above(0), default=25, metavar="N", help="passes over the training set (%(default)s)")
+    add("--batch-size", type=above(0), default=128, metavar="N", help="images a step (%(default)s)")
+    add("--lr", type=above(0, float), default=2e-4, metavar="X", help="learning rate of both Adams (%(default)s)")
+    add("--seed", type=above(-1), default=0, metavar="N", help="one seed repeats a CPU run to the bit (%(default)s)")
     add("--cuda", action="store_true", help="train on the GPU")
     add("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16")
     add = parser.add_argument_group("data").add_argument
@@ -59,13 +61,13 @@ def parse_args(argv=None):
     add("--image-size", type=above(0), metavar="N", help="4 to 7 times a power of two; left out: 32, with folder 64")
     add("--channels", type=int, choices=(1, 3), help="with folder: gray or colour; left out: colour")
     add = parser.add_argument_group("networks").add_argument
-    add("--latent-dim", type=above(0), default=100, metavar="N", help="size of z")
-    add("--width", type=above(0), default=64, metavar="N", help="channels of the narrowest level")
+    add("--latent-dim", type=above(0), default=100, metavar="N", help="size of z (%(default)s)")
+    add("--width", type=above(0), default=64, metavar="N", help="channels of the narrowest level (%(default)s)")
     add = parser.add_argument_group("files").add_argument
     add("--out-dir", type=Path, metavar="DIR", help="of the run; left out: the first free of runs/dcgan, -2, ...")
     add("--resume", type=Path, metavar="CKPT", help="go on where that checkpoint stopped, beside it")
     add("--sample", type=Path, metavar="CKPT", help="no training: write images from that checkpoint, beside it")
-    add("--num-samples", type=above(0), default=64, metavar="N", help="how many images --sample writes")
+    add("--num-samples", type=above(0), default=64, metavar="N", help="how many images --sample writes (%(default)s)")
     add("--interpolate", type=above(0), metavar="N", help="with --sample: N walks between two z instead")
 
     args, checkpoint = parser.parse_args(argv), None
@@ -77,12 +79,12 @@ def parse_args(argv=None):
             checkpoint = load_checkpoint(path)
             parser.set_defaults(out_dir=path.parent, **checkpoint["args"])
             args = parser.parse_args(argv)
-            for name in NETWORK:
+            for name in (*NETWORK, "seed") if args.resume else NETWORK:
                 if getattr(args, name) != checkpoint["args"][name]:
                     raise ValueError(f"--{name.replace('_', '-')} cannot change, and {path} fixes it: leave it out")
         elif args.channels and args.dataset != "folder":
             raise ValueError("--channels is for --dataset folder")
-        args.checkpoint = checkpoint
+        args.checkpoint, args.data_dir = checkpoint, os.path.abspath(args.data_dir)  # to resume from another folder
         args.channels = args.channels or (3 if args.dataset in ("cifar10", "folder") else 1)
         args.image_size = args.image_size or (64 if args.dataset == "folder" else 32)
         base_and_steps(args.image_size)
@@ -119,8 +121,7 @@ def load_images(args, device):
         images = synthetic_digits(20_000, seed=0)
     if args.dataset == "cifar10":
         return resize(images.permute(0, 3, 1, 2), [args.image_size, args.image_size]).to(device)
-    margin = args.image_size - 28
-    return F.pad(images, (margin // 2, margin - margin // 2) * 2).unsqueeze(1).to(device)
+    return F.pad(images, [(args.image_size - 28) // 2] * 4).unsqueeze(1).to(device)  # every image size is even
 
 
 def synthetic_digits(count, seed):
@@ -155,7 +156,7 @@ class ImageFiles(Dataset):
             image = Image.open(self.paths[i])
             image.draft(None, (self.size, self.size))  # a large JPEG is decoded at a fraction of its size
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits, which convert() would clip
+            if image.mode.startswith("I;16"):  # 16 bits, which convert() would clip
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -172,15 +173,17 @@ def load_folder(folder, size, channels, device):
     if device.type == "cuda":
         memory = torch.cuda.mem_get_info(device)[0]
     fits = len(paths) * channels * size**2 <= MEMORY_SHARE * memory
-    images, good = torch.empty(len(paths) * fits, channels, size, size, dtype=torch.uint8), []
-    for i, image in enumerate(DataLoader(ImageFiles(paths, size, channels), batch_size=None, num_workers=WORKERS)):
-        if sys.stdout.isatty():
-            print(f"\rdecoding {i + 1:,} of {len(paths):,} files ", end="", flush=True)
+    images, good = torch.empty(len(paths) if fits else 0, channels, size, size, dtype=torch.uint8), []
+    decoded = DataLoader(ImageFiles(paths, size, channels), batch_size=None, num_workers=WORKERS)
+    for n, (path, image) in enumerate(zip(paths, decoded), 1):
+        if TERMINAL:
+            print(f"\rdecoding {n:,} of {len(paths):,} files", end="\n" if n == len(paths) else "", flush=True)
         if isinstance(image, str):
             print(f"skipped {image}", file=sys.stderr)
-        else:
-            images[len(good) : len(good) + fits] = image
-            good.append(paths[i])
+            continue
+        if fits:
+            images[len(good)] = image
+        good.append(path)
     if not good:
         raise OSError(f"no image in {folder}: name the folder that holds them with --data-dir")
     return images[: len(good)].to(device) if fits else ImageFiles(good, size, channels)
@@ -192,8 +195,8 @@ def batches(images, batch_size, device):
     if isinstance(images, torch.Tensor):
         parts = (images[index] for index in order.to(device))
     else:  # a generator of its own, or DataLoader would draw from the one that training draws from
-        workers = dict(num_workers=WORKERS, pin_memory=device.type == "cuda", generator=torch.Generator())
-        parts = DataLoader(images, batch_sampler=order.tolist(), **workers)
+        options = dict(num_workers=WORKERS, pin_memory=device.type == "cuda", generator=torch.Generator())
+        parts = DataLoader(images, batch_sampler=order.tolist(), **options)
     for x in parts:
         x = x.to(device, non_blocking=True)
         yield x.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
@@ -210,7 +213,7 @@ def base_and_steps(image_size):
 
 
 class Generator(nn.Sequential):
-    """z (B, latent_dim) to images (B, channels, image_size, image_size) in (-1, 1): section 3 and figure 1."""
+    """z (B, latent_dim) to images (B, channels, image_size, image_size) in (-1, 1): section 3, figure 1."""
 
     def __init__(self, image_size, channels, latent_dim, width):
         base, steps = base_and_steps(image_size)
@@ -242,7 +245,7 @@ class Discriminator(nn.Sequential):
 
 
 def initialize(module):
-    """Section 4: weights from N(0, 0.02). Those of BatchNorm, which scale, from N(1, 0.02); biases 0."""
+    """Section 4: weights from N(0, 0.02). Those of BatchNorm from N(1, 0.02), as in the authors' code; biases 0."""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
         nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
         if module.bias is not None:
@@ -291,6 +294,8 @@ def train(args):
     (args.out_dir / "samples").mkdir(parents=True, exist_ok=True)
     size = f"{args.channels}x{args.image_size}x{args.image_size}"
     print(f"{args.dataset}: {len(images):,} images of {size}, on {device.type}, to {args.out_dir}", flush=True)
+    if start >= args.epochs:
+        print(f"epoch {start} is done: raise --epochs to go on")
 
     for epoch in range(start + 1, args.epochs + 1):
         totals = torch.zeros(len(METRICS), device=device)
@@ -315,16 +320,19 @@ def train(args):
 
             with torch.no_grad():
                 totals += torch.stack([loss_d, loss_g, real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()])
-            if step == steps or sys.stdout.isatty() and time.perf_counter() - shown > 0.5:
+            if step == steps or TERMINAL and time.perf_counter() - shown > 0.5:
                 means = (totals / step).tolist()  # only here does the CPU wait for the GPU
                 shown = time.perf_counter()
                 rate = step * args.batch_size / (shown - began)
                 left = timedelta(seconds=round(((args.epochs - epoch + 1) * steps - step) * args.batch_size / rate))
                 losses = "  ".join(f"{name} {mean:.3f}" for name, mean in zip(METRICS, means))
                 line = f"epoch {epoch}/{args.epochs}  {step}/{steps}  {losses}  {rate:,.0f} images/s  {left} left"
-                print(f"\r{line} " if sys.stdout.isatty() else line, end="\n" if step == steps else "", flush=True)
-        if not all(map(math.isfinite, means)):
-            raise ValueError(f"a loss is not finite in epoch {epoch}, {epoch - 1} epochs are saved: try a lower --lr")
+                if TERMINAL:
+                    width = shutil.get_terminal_size().columns - 1
+                    print(f"\r{line[:width]:{width}}", end="", flush=True)
+        weights = torch.cat([p.detach().flatten() for p in (*generator.parameters(), *discriminator.parameters())])
+        if not all(map(math.isfinite, [*means, weights.sum().item()])):
+            raise ValueError(f"not finite in epoch {epoch}, {epoch - 1} is the last one saved: try a lower --lr")
         seconds += shown - began
         rows.append([epoch, *means, rate, seconds])
         # The checkpoint comes last: a run killed before it does the whole epoch again, and these files with it.
@@ -337,6 +345,7 @@ def train(args):
         kept = (*NETWORK, "epochs", "batch_size", "lr", "seed", "bf16", "data_dir")
         checkpoint["args"] = {name: getattr(args, name) for name in kept}
         save_checkpoint(checkpoint, args.out_dir / "checkpoint.pt")
+        print(f"\r{line}" if TERMINAL else line, flush=True)
 
 
 @torch.no_grad()
@@ -352,7 +361,7 @@ def slerp(a, b, steps):
     """Walks between points a and b, (N, latent_dim): (N, steps, latent_dim), a first and b last.
 
     Along the great circle (Shoemake 1985): a straight line would pass nearer to 0 than almost any z ever lies."""
-    angle = torch.acos(F.cosine_similarity(a, b))[:, None, None]
+    angle = torch.acos(F.cosine_similarity(a, b).clamp(-0.9999, 0.9999))[:, None, None]  # never quite 0 or 180 degrees
     t = torch.linspace(0, 1, steps)[:, None]
     return (torch.sin((1 - t) * angle) * a[:, None] + torch.sin(t * angle) * b[:, None]) / torch.sin(angle)
 
@@ -369,33 +378,36 @@ def sample(args):
     else:
         z = torch.randn(args.num_samples, args.latent_dim, generator=random)
         columns, folder = 8, first_free(args.out_dir / "generated")
-    images = torch.cat([generate(generator, part.to(device)).cpu() for part in z.split(500)])
-    if args.dataset in DIGITS:  # without the padding
-        margin = (args.image_size - 28) // 2
-        images = images[:, :, margin : margin + 28, margin : margin + 28]
-    for n, image in enumerate(images):
-        to_pil_image(image.add(1).mul(127.5).round().byte()).save(folder / f"{n:05d}.png")
-    save_grid(images if args.interpolate else images[:64], folder.with_suffix(".png"), columns)
-    print(f"{len(images):,} images in {folder}, a grid in {folder}.png")
+    margin = (args.image_size - 28) // 2 if args.dataset in DIGITS else 0  # digits are written without their padding
+    grid = []
+    for first in range(0, len(z), 500):
+        images = generate(generator, z[first : first + 500].to(device)).cpu()
+        images = images[:, :, margin : args.image_size - margin, margin : args.image_size - margin]
+        for n, image in enumerate(images, first):
+            to_pil_image(image.add(1).mul(127.5).round().byte()).save(folder / f"{n:05d}.png")
+        if args.interpolate or first == 0:
+            grid.append(images if args.interpolate else images[:64])
+    save_grid(torch.cat(grid), folder.with_suffix(".png"), columns)
+    print(f"{len(z):,} images in {folder}, a grid in {folder}.png")
 
 
 def load_checkpoint(path):
-    """The dict that train() saved to `path`. ValueError if it is damaged or of another script; runs no code it holds."""
+    """The dict that train() saved to `path`. ValueError if it is damaged or of another script; runs no code in it."""
     try:
-        if zipfile.ZipFile(path).testzip() is None:  # torch.load does not compare checksums
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            if checkpoint["format"] == FORMAT:
-                return checkpoint
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not compare checksums
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if damaged or checkpoint["format"] != FORMAT:
+            raise ValueError
+        return checkpoint
     except OSError:
         raise
-    except Exception as error:  # from zipfile, pickle and torch, of many kinds
-        raise ValueError(f"{path} is no whole checkpoint: {type(error).__name__}") from error
-    raise ValueError(f"{path} is damaged, or a checkpoint of another script")
+    except Exception as error:  # zipfile, pickle and torch raise many kinds
+        raise ValueError(f"{path} is damaged, or no checkpoint of this script") from error
 
 
 def save_checkpoint(checkpoint, path):
-    """Replaces the file at `path` in one step: after a kill or on a full disk it is the old one or the new one, whole."""
-    buffer = io.BytesIO()
+    """Replaces the file at `path` in one step: after a kill or on a full disk it is the old one or the new one."""
+    buffer = io.BytesIO()  # not straight to the file, where a full disk is a RuntimeError without a reason
     torch.save(checkpoint, buffer)
     with open(path.with_suffix(".part"), "wb") as file:
         file.write(buffer.getbuffer())
@@ -406,13 +418,12 @@ def save_checkpoint(checkpoint, path):
 
 def first_free(path):
     """Makes the first folder of `path`, `path`-2, `path`-3, ... that is not there yet, and returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     for n in itertools.count(1):
-        try:
-            free = path.with_name(f"{path.name}-{n}") if n > 1 else path
-            free.mkdir(parents=True)
+        free = path.with_name(f"{path.name}-{n}") if n > 1 else path
+        with contextlib.suppress(FileExistsError):  # also where another run was faster
+            free.mkdir()
             return free
-        except FileExistsError:
-            continue
 
 
 def main():
@@ -426,7 +437,8 @@ def main():
         sample(args) if args.sample else train(args)
     except KeyboardInterrupt as interrupt:
         path = args.out_dir and args.out_dir / "checkpoint.pt"
-        print(f"\nstopped; go on with --resume {path}" if path and path.exists() else "\nstopped", file=sys.stderr)
+        more = path and path.exists() and not args.sample
+        print("\nstopped" + f"; go on with --resume {path}" * bool(more), file=sys.stderr)
         sys.exit(128 + interrupt.args[0])
     except (OSError, ValueError) as error:
         sys.exit(f"dcgan.py: error: {error}")

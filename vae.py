@@ -2,10 +2,12 @@
 """
 
 import argparse
+import contextlib
 import io
 import itertools
 import math
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -26,44 +28,44 @@ from common import save_grid, select_device
 FORMAT = "vae 1"  # marks a checkpoint: one of another script, or of another version, is refused
 DIGITS = ("mnist", "fashion-mnist", "synthetic")  # one channel, 28x28
 NETWORK = ("dataset", "hidden_dim", "latent_dim", "autoencoder")  # what a checkpoint fixes
+TERMINAL = sys.stdout is not None and sys.stdout.isatty()  # else no progress is shown within an epoch
 
 
 def above(low, kind=int):
     def number(text):
-        if not low < kind(text) < 2**63:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and 2^63, both excluded")
+        if not low < kind(text) < 2**33:
+            raise argparse.ArgumentTypeError(f"{text} is not above {low}, or beyond 2^33")
         return kind(text)
 
     return number
 
 
 def parse_args(argv=None):
-    defaults = argparse.ArgumentDefaultsHelpFormatter  # and no usage, which would go before every error
-    parser = argparse.ArgumentParser("vae.py", argparse.SUPPRESS, __doc__.split("\n")[0], formatter_class=defaults)
+    parser = argparse.ArgumentParser("vae.py", argparse.SUPPRESS)  # no usage, which would go before every error
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=above(0), default=10, metavar="N", help="passes over the training set")
-    add("--batch-size", type=above(0), default=128, metavar="N", help="images a step")
-    add("--lr", type=above(0, float), metavar="X", help="learning rate of Adam; left out: 5e-3 at the peak, or 1e-3 constant")
-    add("--constant-lr", action=argparse.BooleanOptionalAction, default=False, help="a constant rate, not one cycle up and down")
-    add("--beta", type=above(0, float), default=1.0, metavar="X", help="weight of the KL term in training")
-    add("--seed", type=above(-1), default=0, metavar="N", help="one seed makes a CPU run repeatable to the bit")
+    add("--epochs", type=above(0), default=10, metavar="N", help="passes over the training set (%(default)s)")
+    add("--batch-size", type=above(0), default=128, metavar="N", help="images a step (%(default)s)")
+    add("--lr", type=above(0, float), metavar="X", help="learning rate of Adam; left out: 5e-3 at its peak, or 1e-3")
+    add("--constant-lr", action=argparse.BooleanOptionalAction, default=False, help="not one cycle up and down")
+    add("--beta", type=above(0, float), default=1.0, metavar="X", help="weight of the KL term (%(default)s)")
+    add("--seed", type=above(-1), default=0, metavar="N", help="one seed repeats a CPU run to the bit (%(default)s)")
     add("--cuda", action="store_true", help="train on the GPU")
     add("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DIGITS, help="left out: mnist, or synthetic without a network")
     add("--data-dir", default="data", metavar="DIR", help="where the data sets are")
     add = parser.add_argument_group("networks").add_argument
-    add("--latent-dim", type=above(0), default=20, metavar="N", help="size of z")
-    add("--hidden-dim", type=above(0), default=400, metavar="N", help="units of the hidden layers")
+    add("--latent-dim", type=above(0), default=20, metavar="N", help="size of z (%(default)s)")
+    add("--hidden-dim", type=above(0), default=400, metavar="N", help="units of the hidden layers (%(default)s)")
     add("--autoencoder", action="store_true", help="the deterministic twin: z is the mean, and there is no KL term")
     add = parser.add_argument_group("files").add_argument
     add("--out-dir", type=Path, metavar="DIR", help="of the run; left out: the first free of runs/vae, -2, ...")
     add("--resume", type=Path, metavar="CKPT", help="go on where that checkpoint stopped, beside it")
     add("--sample", type=Path, metavar="CKPT", help="no training: write images from that checkpoint, beside it")
-    add("--num-samples", type=above(0), default=64, metavar="N", help="how many images --sample writes")
+    add("--num-samples", type=above(0), default=64, metavar="N", help="how many images --sample writes (%(default)s)")
     add("--interpolate", type=above(0), metavar="N", help="with --sample: N walks between two held-out images instead")
     add("--eval", type=Path, metavar="CKPT", help="no training: print the bound on log p(x) of that checkpoint")
-    add("--importance-samples", type=above(0), default=100, metavar="K", help="z an image that --eval draws")
+    add("--importance-samples", type=above(0), default=100, metavar="K", help="z an image for --eval (%(default)s)")
 
     args, checkpoint = parser.parse_args(argv), None
     path = args.resume or args.sample or args.eval
@@ -74,14 +76,14 @@ def parse_args(argv=None):
             checkpoint = load_checkpoint(path)
             parser.set_defaults(out_dir=path.parent, **checkpoint["args"])
             args = parser.parse_args(argv)
-            for name in NETWORK:
+            for name in (*NETWORK, "seed") if args.resume else NETWORK:
                 if getattr(args, name) != checkpoint["args"][name]:
                     raise ValueError(f"--{name.replace('_', '-')} cannot change, and {path} fixes it: leave it out")
         if args.autoencoder and (args.eval or args.sample and not args.interpolate):
-            raise ValueError(f"{path} is an autoencoder, which has no prior to sample from and no likelihood: try --interpolate")
-        args.checkpoint = checkpoint
-        written = args.out_dir and args.out_dir / "checkpoint.pt"
-        if written and written.exists() and not (args.sample or args.eval or args.resume and args.resume.samefile(written)):
+            raise ValueError(f"{path} is an autoencoder: no prior to sample from, no likelihood; try --interpolate")
+        args.checkpoint, args.data_dir = checkpoint, os.path.abspath(args.data_dir)  # to resume from another folder
+        written = args.out_dir and not args.sample and not args.eval and args.out_dir / "checkpoint.pt"
+        if written and written.exists() and not (args.resume and args.resume.samefile(written)):
             raise ValueError(f"{args.out_dir} holds a run: --resume {written}, or choose another --out-dir")
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -91,8 +93,8 @@ def parse_args(argv=None):
 def load_images(args, device):
     """The training and the held-out images: two uint8 tensors (N, 784) on the device.
 
-    Where no set was named and MNIST cannot be had, warns and sets args.dataset to synthetic. Raises OSError if the named
-    set is neither there nor to be had."""
+    Where no set was named and MNIST cannot be had, warns and sets args.dataset to synthetic. Raises OSError if the
+    named set is neither there nor to be had."""
     if args.dataset != "synthetic":
         name = args.dataset or "mnist"
         kind = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}[name]
@@ -135,7 +137,7 @@ def batches(images, batch_size):
 
 
 class VAE(nn.Module):
-    """Encoder q(z|x) = N(mean, exp(logvar)), decoder p(x|z) = Bernoulli(sigmoid(logits)), one hidden layer each (app. C).
+    """Encoder q(z|x) = N(mean, exp(logvar)) and decoder p(x|z) = Bernoulli(sigmoid(logits)), an MLP each (appendix C).
 
     As an autoencoder: z is the mean, and logvar is not used."""
 
@@ -172,8 +174,8 @@ def kl_divergence(mean, logvar):
 
 
 def one_cycle(progress):
-    """Learning rate as a share of its peak, at `progress` from 0 to 1: by a cosine from 0.04 up to 1 for the first 30 %, by
-    another down to 0 (Smith & Topin 2018, arXiv:1708.07120)."""
+    """Learning rate as a share of its peak, at `progress` from 0 to 1: by a cosine from 0.04 to 1 for the first 30 %,
+    by another down to 0 (Smith & Topin 2018, arXiv:1708.07120)."""
     if progress < 0.3:
         return 0.52 - 0.48 * math.cos(math.pi * progress / 0.3)
     return 0.5 + 0.5 * math.cos(math.pi * (progress - 0.3) / 0.7)
@@ -221,6 +223,8 @@ def train(args):
     for name in ("samples", "reconstructions")[args.autoencoder :]:
         (args.out_dir / name).mkdir(parents=True, exist_ok=True)
     print(f"{args.dataset}: {len(images):,} images of 1x28x28, on {device.type}, to {args.out_dir}", flush=True)
+    if start >= args.epochs:
+        print(f"epoch {start} is done: raise --epochs to go on")
 
     for epoch in range(start + 1, args.epochs + 1):
         totals = torch.zeros(2, device=device)
@@ -237,7 +241,7 @@ def train(args):
             optimizer.step()
 
             totals += torch.stack([reconstruction, kl]).detach()
-            if step == steps or sys.stdout.isatty() and time.perf_counter() - shown > 0.5:
+            if step == steps or TERMINAL and time.perf_counter() - shown > 0.5:
                 terms = (totals / step).tolist()  # only here does the CPU wait for the GPU
                 shown = time.perf_counter()
                 rate = step * args.batch_size / (shown - began)
@@ -248,9 +252,11 @@ def train(args):
                     means += terms[:1] if args.autoencoder else [sum(terms), *terms]
                 losses = "  ".join(f"{name} {mean:.2f}" for name, mean in zip(metrics, means))
                 line = f"epoch {epoch}/{args.epochs}  {step}/{steps}  {losses}  {rate:,.0f} images/s  {left} left"
-                print(f"\r{line} " if sys.stdout.isatty() else line, end="\n" if step == steps else "", flush=True)
-        if not all(map(math.isfinite, means)):
-            raise ValueError(f"a loss is not finite in epoch {epoch}, {epoch - 1} epochs are saved: try a lower --lr")
+                if TERMINAL:
+                    width = shutil.get_terminal_size().columns - 1
+                    print(f"\r{line[:width]:{width}}", end="", flush=True)
+        if not all(map(math.isfinite, means)):  # the test loss sees every weight that was reached
+            raise ValueError(f"not finite in epoch {epoch}, {epoch - 1} is the last one saved: try a lower --lr")
         seconds += shown - began
         rows.append([epoch, *means, rate, seconds])
         # The checkpoint comes last: a run killed before it does the whole epoch again, and these files with it.
@@ -268,6 +274,7 @@ def train(args):
         kept = (*NETWORK, "epochs", "batch_size", "lr", "constant_lr", "beta", "seed", "bf16", "data_dir")
         checkpoint["args"] = {name: getattr(args, name) for name in kept}
         save_checkpoint(checkpoint, args.out_dir / "checkpoint.pt")
+        print(f"\r{line}" if TERMINAL else line, flush=True)
 
     if args.latent_dim == 2 and not args.autoencoder:  # figure 4: the unit square through the Gaussian's quantiles
         quantiles = torch.special.ndtri((torch.arange(20) + 0.5) / 20)
@@ -291,7 +298,8 @@ def log_likelihood_bound(model, x, count, random):
     for chunk in torch.empty(count).split(50):
         epsilon = torch.randn(len(chunk), *mean.shape, generator=random, device=x.device)
         z = reparameterize(mean, logvar, epsilon)  # (chunk, B, latent_dim)
-        log_px_z = -F.binary_cross_entropy_with_logits(model.decoder(z), x.expand(len(chunk), -1, -1), reduction="none").sum(2)
+        logits = model.decoder(z)  # (chunk, B, 784)
+        log_px_z = -F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none").sum(2)
         log_pz_qz = 0.5 * (epsilon.square() + logvar - z.square()).sum(2)  # the two 2 pi cancel
         log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_px_z + log_pz_qz, 0))
     return log_sum - math.log(count)
@@ -304,32 +312,37 @@ def evaluate_checkpoint(args):
     random = torch.Generator(device).manual_seed(args.seed)
     for part in images.split(100):
         bounds.append(log_likelihood_bound(model, part.float().div(255), args.importance_samples, random))
-        if sys.stdout.isatty():
+        if TERMINAL:
             print(f"\r{100 * len(bounds):,} of {len(images):,} images", end=" ", flush=True)
     bounds = torch.cat(bounds).double()
     error = bounds.std() / math.sqrt(len(bounds))
-    print(f"\r{args.dataset}, {len(bounds):,} held-out images: log p(x) >= {bounds.mean():.2f} nats on average", end=" ")
-    print(f"(importance samples {args.importance_samples}, standard error over images {error:.2f})")
+    print(f"\n{args.dataset}: {len(bounds):,} held-out images: log p(x) >= {bounds.mean():.2f} nats each", end=" ")
+    print(f"({args.importance_samples} importance samples, standard error over the images {error:.2f})")
 
 
 def sample(args):
     device = select_device(args.cuda)
     model = restore(args, device)
     if args.interpolate:
-        images = load_images(args, device)[1][: 2 * args.interpolate]
-        if len(images) < 2 * args.interpolate:
-            raise ValueError(f"--interpolate {args.interpolate} needs {2 * args.interpolate} held-out images: try fewer")
-        a, b = model.encode(images.float().div(255))[0].detach().chunk(2)
-        t = torch.linspace(0, 1, 10, device=device)[:, None]
-        z, columns, folder = torch.lerp(a[:, None], b[:, None], t).flatten(0, 1), 10, first_free(args.out_dir / "interpolation")
+        x = load_images(args, device)[1][: 2 * args.interpolate].float().div(255)
+        if len(x) < 2 * args.interpolate:
+            raise ValueError(f"--interpolate {args.interpolate} needs twice as many held-out images: try fewer")
+        a, b = model.encode(x)[0].detach().chunk(2)
+        z = torch.lerp(a[:, None], b[:, None], torch.linspace(0, 1, 10, device=device)[:, None]).flatten(0, 1)
+        columns, folder = 10, first_free(args.out_dir / "interpolation")
     else:
-        z = torch.randn(args.num_samples, args.latent_dim, generator=torch.Generator().manual_seed(args.seed)).to(device)
+        random = torch.Generator().manual_seed(args.seed)
+        z = torch.randn(args.num_samples, args.latent_dim, generator=random).to(device)
         columns, folder = 8, first_free(args.out_dir / "generated")
-    images = torch.cat([decode(model, part).cpu() for part in z.split(500)])
-    for n, image in enumerate(images):
-        to_pil_image(image.mul(255).round().byte()).save(folder / f"{n:05d}.png")
-    save_grid(images if args.interpolate else images[:64], folder.with_suffix(".png"), columns, value_range=(0, 1))
-    print(f"{len(images):,} images in {folder}, a grid in {folder}.png")
+    grid = []
+    for first in range(0, len(z), 500):
+        images = decode(model, z[first : first + 500]).cpu()
+        for n, image in enumerate(images, first):
+            to_pil_image(image.mul(255).round().byte()).save(folder / f"{n:05d}.png")
+        if args.interpolate or first == 0:
+            grid.append(images if args.interpolate else images[:64])
+    save_grid(torch.cat(grid), folder.with_suffix(".png"), columns, value_range=(0, 1))
+    print(f"{len(z):,} images in {folder}, a grid in {folder}.png")
 
 
 def restore(args, device):
@@ -339,22 +352,22 @@ def restore(args, device):
 
 
 def load_checkpoint(path):
-    """The dict that train() saved to `path`. ValueError if it is damaged or of another script; runs no code it holds."""
+    """The dict that train() saved to `path`. ValueError if it is damaged or of another script; runs no code in it."""
     try:
-        if zipfile.ZipFile(path).testzip() is None:  # torch.load does not compare checksums
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            if checkpoint["format"] == FORMAT:
-                return checkpoint
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not compare checksums
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if damaged or checkpoint["format"] != FORMAT:
+            raise ValueError
+        return checkpoint
     except OSError:
         raise
-    except Exception as error:  # from zipfile, pickle and torch, of many kinds
-        raise ValueError(f"{path} is no whole checkpoint: {type(error).__name__}") from error
-    raise ValueError(f"{path} is damaged, or a checkpoint of another script")
+    except Exception as error:  # zipfile, pickle and torch raise many kinds
+        raise ValueError(f"{path} is damaged, or no checkpoint of this script") from error
 
 
 def save_checkpoint(checkpoint, path):
-    """Replaces the file at `path` in one step: after a kill or on a full disk it is the old one or the new one, whole."""
-    buffer = io.BytesIO()
+    """Replaces the file at `path` in one step: after a kill or on a full disk it is the old one or the new one."""
+    buffer = io.BytesIO()  # not straight to the file, where a full disk is a RuntimeError without a reason
     torch.save(checkpoint, buffer)
     with open(path.with_suffix(".part"), "wb") as file:
         file.write(buffer.getbuffer())
@@ -365,13 +378,12 @@ def save_checkpoint(checkpoint, path):
 
 def first_free(path):
     """Makes the first folder of `path`, `path`-2, `path`-3, ... that is not there yet, and returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     for n in itertools.count(1):
-        try:
-            free = path.with_name(f"{path.name}-{n}") if n > 1 else path
-            free.mkdir(parents=True)
+        free = path.with_name(f"{path.name}-{n}") if n > 1 else path
+        with contextlib.suppress(FileExistsError):  # also where another run was faster
+            free.mkdir()
             return free
-        except FileExistsError:
-            continue
 
 
 def main():
@@ -385,7 +397,8 @@ def main():
         evaluate_checkpoint(args) if args.eval else sample(args) if args.sample else train(args)
     except KeyboardInterrupt as interrupt:
         path = args.out_dir and args.out_dir / "checkpoint.pt"
-        print(f"\nstopped; go on with --resume {path}" if path and path.exists() else "\nstopped", file=sys.stderr)
+        more = path and path.exists() and not args.sample and not args.eval
+        print("\nstopped" + f"; go on with --resume {path}" * bool(more), file=sys.stderr)
         sys.exit(128 + interrupt.args[0])
     except (OSError, ValueError) as error:
         sys.exit(f"vae.py: error: {error}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dcgan  # noqa: E402
@@ -45,3 +46,9 @@ def result(out_dir):
     lines = [line.split(",")[:-2] for line in (out_dir / "metrics.csv").read_text().splitlines()]
     grids = {path.name: list(path.read_bytes()) for path in sorted((out_dir / "samples").iterdir())}
     return {"checkpoint": checkpoint, "metrics.csv": lines, "samples": grids, "files": sorted(p.name for p in out_dir.iterdir())}
+
+
+def show(images):
+    """A grid (H, W) of images (N, 1, 28 or more, ...) of values 0 to 255 as common.save_grid lays it out, eight in a row."""
+    rows = [torch.cat([F.pad(image, (2, 0, 2, 0)) for image in row[:, 0]], 1) for row in images.split(8)]
+    return F.pad(torch.cat(rows), (0, 2, 0, 2)).round().detach().numpy()
