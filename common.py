@@ -17,6 +17,6 @@ def select_device(cuda):
 
 
 def save_grid(images, path, columns=8, value_range=(-1, 1)):
-    """Writes images (N, C, H, W) to one picture, row by row. `value_range` is what black and white stand for: fixed, not
-    the minimum and maximum of the images, so that contrast can be compared between pictures."""
+    """Writes images (N, C, H, W) to one picture, row by row. `value_range` is what black and white stand for: fixed,
+    not the minimum and maximum of the images, so that contrast can be compared between pictures."""
     save_image(images, path, nrow=columns, normalize=True, value_range=value_range)

@@ -1,5 +1,24 @@
 """Deep convolutional GAN: Radford, Metz & Chintala, "Unsupervised Representation Learning with Deep Convolutional
 Generative Adversarial Networks" (2016, arXiv:1511.06434).
+
+    python dcgan.py --epochs 25 --cuda                               MNIST, downloaded to data/
+    python dcgan.py --dataset folder --data-dir photos --cuda        your own images, at 64x64
+    python dcgan.py --resume runs/dcgan/checkpoint.pt --epochs 30    go on
+    python dcgan.py --sample runs/dcgan/checkpoint.pt --num-samples 10000
+    python dcgan.py --sample runs/dcgan/checkpoint.pt --interpolate 8
+
+Writes to runs/dcgan: checkpoint.pt, metrics.csv, and samples/epoch_0001.png, ..., the same noise after every epoch.
+
+Measured: @MEASURED@
+
+Differences from the paper:
+1. The depth follows the image size, b * 2**k with b from 4 to 7: start at b x b, k levels of stride 2. At 64 pixels that is
+   the paper's four, which at --width 128 have figure 1's 1024, 512, 256 and 128 channels; the default is half of that.
+2. Kernels are 4x4, not the 5x5 of the authors' code: with stride 2 every output sees equally many inputs.
+3. z is normal, not uniform: no corners, and the sphere on which slerp() walks is where its mass lies.
+4. D ends in a convolution over all that is left, which is the paper's flattening into one output, as a logit.
+5. Digits are padded to 32x32, not stretched; two levels at 28x28 end four times further from the data.
+6. Grids and samples use BatchNorm's running averages, so that an image does not depend on those beside it.
 """
 
 import argparse
@@ -37,10 +56,10 @@ WORKERS = min(8, torch.get_num_threads())  # that decode images
 TERMINAL = sys.stdout is not None and sys.stdout.isatty()  # else no progress is shown within an epoch
 
 
-def above(low, kind=int):
+def above(low, kind=int, high=2**33):
     def number(text):
-        if not low < kind(text) < 2**33:
-            raise argparse.ArgumentTypeError(f"{text} is not above {low}, or beyond 2^33")
+        if not low < kind(text) < high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return kind(text)
 
     return number
@@ -51,7 +70,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=above(0), default=25, metavar="N", help="passes over the training set (%(default)s)")
     add("--batch-size", type=above(0), default=128, metavar="N", help="images a step (%(default)s)")
-    add("--lr", type=above(0, float), default=2e-4, metavar="X", help="learning rate of both Adams (%(default)s)")
+    add("--lr", type=above(0, float, math.inf), default=2e-4, metavar="X", help="learning rate of Adam (%(default)s)")
     add("--seed", type=above(-1), default=0, metavar="N", help="one seed repeats a CPU run to the bit (%(default)s)")
     add("--cuda", action="store_true", help="train on the GPU")
     add("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16")
@@ -193,7 +212,7 @@ def batches(images, batch_size, device):
     """One epoch in random order, the last partial batch dropped: floats (batch_size, C, H, W) in [-1, 1]."""
     order = torch.randperm(len(images))[: len(images) // batch_size * batch_size].view(-1, batch_size)
     if isinstance(images, torch.Tensor):
-        parts = (images[index] for index in order.to(device))
+        parts = (images.index_select(0, index) for index in order.to(device))
     else:  # a generator of its own, or DataLoader would draw from the one that training draws from
         options = dict(num_workers=WORKERS, pin_memory=device.type == "cuda", generator=torch.Generator())
         parts = DataLoader(images, batch_sampler=order.tolist(), **options)

@@ -1,12 +1,13 @@
 """Measures what the README reports; a command, not a test. Prints markdown rows.
 
-    python tests/benchmark.py speed                    images/s of the training loop beside the plain way, one process
+    python tests/benchmark.py speed [dcgan vae]        images/s of the training loop beside the plain way, one process
     python tests/benchmark.py quality DIR [DIR ...]    folders of generated digits (--sample) beside the MNIST test set
 
 Both read MNIST from --data-dir (data).
 """
 
 import argparse
+import contextlib
 import csv
 import statistics
 import sys
@@ -24,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import dcgan
+import dcgan  # noqa: E402
+import vae  # noqa: E402
 
 
 def say(text):
@@ -63,24 +65,32 @@ def plain_dcgan(data_dir, image_size, steps):
         loss_real.item(), loss_fake.item(), loss_g.item()
 
 
-def ours_dcgan(data_dir, image_size, steps, *flags):
-    """images/s that dcgan.train() itself reports for its second epoch, of `steps` steps."""
+def ours(script, data_dir, steps, *flags):
+    """images/s that the script's own train() reports for its second epoch, of `steps` steps of 128 images."""
+    load_images = script.load_images
+
+    def first_images(*args):
+        images = load_images(*args)
+        return images[: 128 * steps] if script is dcgan else (images[0][: 128 * steps], images[1][:1000])
+
     with tempfile.TemporaryDirectory() as folder:
-        command = f"--dataset mnist --data-dir {data_dir} --image-size {image_size} --epochs 2 --out-dir {folder}/run"
-        load_images = dcgan.load_images
-        dcgan.load_images = lambda *args: load_images(*args)[: 128 * steps]
-        dcgan.train(dcgan.parse_args([*command.split(), *flags]))
-        dcgan.load_images = load_images
+        script.load_images = first_images
+        command = ["--dataset", "mnist", "--data-dir", data_dir, "--epochs", "2", "--out-dir", f"{folder}/run", *flags]
+        with contextlib.redirect_stdout(sys.stderr):
+            script.train(script.parse_args(command))
+        script.load_images = load_images
         return float(list(csv.DictReader(open(f"{folder}/run/metrics.csv")))[-1]["images_per_second"])
 
 
 def dcgan_flops(image_size):
-    """Floating-point operations of one training step of 128 images: the convolutions and matrix products of both networks."""
-    generate, dcgan.generate = dcgan.generate, lambda generator, z: torch.zeros(64, 1, 8, 8)  # the grid does not count
+    """Floating-point operations of a training step of 128 images: convolutions and matrix products of both networks."""
+    generate, dcgan.generate = dcgan.generate, lambda *args: torch.zeros(64, 1, 8, 8)  # the grid does not count
     with FlopCounterMode(display=False) as counter, tempfile.TemporaryDirectory() as folder:
-        load_images, dcgan.load_images = dcgan.load_images, lambda args, device: torch.zeros(128, 1, image_size, image_size).byte()
+        batch = torch.zeros(128, 1, image_size, image_size, dtype=torch.uint8)
+        load_images, dcgan.load_images = dcgan.load_images, lambda args, device: batch
         flags = f"--dataset synthetic --image-size {image_size} --epochs 1 --out-dir {folder}/run"
-        dcgan.train(dcgan.parse_args(flags.split()))
+        with contextlib.redirect_stdout(sys.stderr):
+            dcgan.train(dcgan.parse_args(flags.split()))
     dcgan.generate, dcgan.load_images = generate, load_images
     return counter.get_total_flops()
 
@@ -97,19 +107,76 @@ def matmul_rate():
     return max(rates)
 
 
-def speed(args):
+def speed_dcgan(args):
     print("| dcgan.py | plain, images/s | float32 | ratio | --bf16 | ratio | of the bf16 matmul rate |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for image_size, steps in ((32, 24), (64, 6)):
-        flops, rounds = dcgan_flops(image_size) / 128, []
-        for n in range(args.rounds):  # in turn, so that the machine's own ups and downs meet all alike
+        flops, size = dcgan_flops(image_size) / 128, ("--image-size", str(image_size))
+
+        def measure():  # in turn, so that the machine's own ups and downs meet all alike
             plain = plain_dcgan(args.data_dir, image_size, steps)
-            ours = ours_dcgan(args.data_dir, image_size, steps)
-            bf16 = ours_dcgan(args.data_dir, image_size, steps, "--bf16")
-            rounds.append((plain, ours, ours / plain, bf16, bf16 / plain, bf16 * flops / matmul_rate()))
-            say(f"{image_size} pixels, round {n + 1}/{args.rounds}: " + "  ".join(f"{value:.2f}" for value in rounds[-1]))
-        row = [statistics.median(column) for column in zip(*rounds)]
-        print("| {} pixels | {:.0f} | {:.0f} | {:.2f} | {:.0f} | {:.2f} | {:.2f} |".format(image_size, *row), flush=True)
+            float32, bf16 = (ours(dcgan, args.data_dir, steps, *size, *flag) for flag in ((), ("--bf16",)))
+            return plain, float32, float32 / plain, bf16, bf16 / plain, bf16 * flops / matmul_rate()
+
+        print("| {} pixels | {:.0f} | {:.0f} | {:.2f} | {:.0f} | {:.2f} | {:.2f} |".format(image_size, *medians(measure, args)))
+
+
+def plain_vae(data_dir, steps):
+    """images/s of the loop of pytorch/examples: float32, unfused Adam, ToTensor image by image, a loss read every step."""
+    loader = DataLoader(datasets.MNIST(data_dir, transform=transforms.ToTensor()), batch_size=128, shuffle=True)
+    model, total = vae.VAE(400, 20), 0
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for step, (x, _) in enumerate(loader):
+        if step == 10:  # ten steps to warm up
+            began = time.perf_counter()
+        elif step == 10 + steps:
+            return 128 * steps / (time.perf_counter() - began)
+        x = x.view(-1, 784)
+        optimizer.zero_grad()
+        logits, mean, logvar = model(x, torch.randn(len(x), 20))
+        reconstruction = F.binary_cross_entropy(torch.sigmoid(logits), x, reduction="sum")
+        loss = reconstruction - 0.5 * torch.sum(1 + logvar - mean.pow(2) - logvar.exp())
+        loss.backward()
+        total += loss.item()
+        optimizer.step()
+
+
+def speed_vae(args):
+    def measure():
+        plain = plain_vae(args.data_dir, 300)
+        float32, bf16 = (ours(vae, args.data_dir, 400, *flag) for flag in ((), ("--bf16",)))
+        return plain, float32, float32 / plain, bf16, bf16 / plain
+
+    print("| vae.py | plain, images/s | float32 | ratio | --bf16 | ratio |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    row = medians(measure, args)
+    print("| 784-400-20 | {:.0f} | {:.0f} | {:.2f} | {:.0f} | {:.2f} |\n".format(*row))
+    print("| until the test loss first passes 105.55 | seconds of loop | of ten plain epochs |")
+    print("| --- | --- | --- |")
+    for flags in ("", "--bf16", "--epochs 5", "--epochs 5 --bf16"):
+        with tempfile.TemporaryDirectory() as folder:
+            command = f"--dataset mnist --data-dir {args.data_dir} --out-dir {folder}/run {flags}"
+            with contextlib.redirect_stdout(sys.stderr):
+                vae.train(vae.parse_args(command.split()))
+            for epoch in csv.DictReader(open(f"{folder}/run/metrics.csv")):
+                if float(epoch["test_loss"]) < 105.55:
+                    break
+            seconds = float(epoch["seconds"])
+            what = f"`vae.py {flags}`, {float(epoch['test_loss']):.2f} after epoch {epoch['epoch']}"
+            print(f"| {what} | {seconds:.1f} | 1/{600_000 / row[0] / seconds:.1f} |", flush=True)
+
+
+def medians(measure, args):
+    rounds = []
+    for n in range(args.rounds):
+        rounds.append(measure())
+        say(f"round {n + 1} of {args.rounds}: " + "  ".join(f"{value:.2f}" for value in rounds[-1]))
+    return [statistics.median(column) for column in zip(*rounds)]
+
+
+def speed(args):
+    for name in args.what or ("dcgan", "vae"):
+        {"dcgan": speed_dcgan, "vae": speed_vae}[name](args)
 
 
 # quality: generated digits seen through a classifier
@@ -189,7 +256,7 @@ def quality(args):
     halves = frechet_distance(real[order[:5000]], real[order[5000:]])
     print("| images | Fréchet distance | digits 0 to 9, % | confident (p > 0.9) |")
     print("| --- | --- | --- | --- |")
-    sets = [(f"{folder} ({len(files):,})", files) for folder in args.folders for files in [sorted(Path(folder).glob("*.png"))]]
+    sets = [(f"{folder} ({len(files):,})", files) for folder in args.what for files in [sorted(Path(folder).glob("*.png"))]]
     rows = [("test set, one half against the other", halves, probabilities)]
     for name, files in sets:
         pixels = torch.from_numpy(np.stack([np.asarray(Image.open(file).convert("L")) for file in files]))
@@ -204,7 +271,7 @@ def quality(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=("speed", "quality"))
-    parser.add_argument("folders", nargs="*", help="quality: folders of 28x28 images")
+    parser.add_argument("what", nargs="*", help="speed: scripts; quality: folders of 28x28 images")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--rounds", type=int, default=3, help="speed: measurements, of which the median counts")
     args = parser.parse_args()

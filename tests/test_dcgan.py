@@ -601,7 +601,7 @@ def test_resume_refuses_another_network(flag, finished, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run(data_dir, finished, tmp_path, capsys):
     out = Path(shutil.copytree(finished, tmp_path / "run"))
     before = result(out)
-    assert run("--resume", out / "checkpoint.pt", "--epochs", "5", "--lr", "1e9") == 1
+    assert run("--resume", out / "checkpoint.pt", "--epochs", "5", "--lr", "1e18") == 1
     err = capsys.readouterr().err
     assert "epoch 4" in err and len(err.splitlines()) == 1
     assert same(result(out), before)

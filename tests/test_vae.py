@@ -403,5 +403,5 @@ def test_walks_need_held_out_images(finished, tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run(finished, tmp_path, capsys):
     out = Path(shutil.copytree(finished, tmp_path / "run"))
     before = result(out)
-    assert run("--resume", out / "checkpoint.pt", "--epochs", "5", "--lr", "1e9", "--constant-lr") == 1
+    assert run("--resume", out / "checkpoint.pt", "--epochs", "5", "--lr", "1e18", "--constant-lr") == 1
     assert "epoch 4" in capsys.readouterr().err and same(result(out), before)
