@@ -12,9 +12,9 @@ Writes to runs/dcgan: checkpoint.pt, metrics.csv, and samples/epoch_0001.png, ..
 Measured: @MEASURED@
 
 Differences from the paper:
-1. The depth follows the image size, b * 2**k with b from 4 to 7: start at b x b, k levels of stride 2. At 64 pixels that is
-   the paper's four, which at --width 128 have figure 1's 1024, 512, 256 and 128 channels; the default is half of that.
-2. Kernels are 4x4, not the 5x5 of the authors' code: with stride 2 every output sees equally many inputs.
+1. The depth follows the image size, b * 2**k with b from 4 to 7: start at b x b, k levels of stride 2. At 64 pixels
+   those are the paper's four, with figure 1's 1024, 512, 256 and 128 channels at --width 128; the default is half.
+2. Kernels are 4x4, not figure 1's 5x5: at stride 2, every output then comes from equally many inputs.
 3. z is normal, not uniform: no corners, and the sphere on which slerp() walks is where its mass lies.
 4. D ends in a convolution over all that is left, which is the paper's flattening into one output, as a logit.
 5. Digits are padded to 32x32, not stretched; two levels at 28x28 end four times further from the data.
@@ -109,8 +109,9 @@ def parse_args(argv=None):
         base_and_steps(args.image_size)
         if args.dataset in (None, *DIGITS) and args.image_size < 28:
             raise ValueError("--image-size: digits of 28x28 are padded and never cut, so 28 is the least")
+        args.training = not args.sample
         written = args.out_dir and args.out_dir / "checkpoint.pt"
-        if written and written.exists() and not (args.sample or args.resume and args.resume.samefile(written)):
+        if args.training and written and written.exists() and not (args.resume and args.resume.samefile(written)):
             raise ValueError(f"{args.out_dir} holds a run: --resume {written}, or choose another --out-dir")
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -351,7 +352,7 @@ def train(args):
                     print(f"\r{line[:width]:{width}}", end="", flush=True)
         weights = torch.cat([p.detach().flatten() for p in (*generator.parameters(), *discriminator.parameters())])
         if not all(map(math.isfinite, [*means, weights.sum().item()])):
-            raise ValueError(f"not finite in epoch {epoch}, {epoch - 1} is the last one saved: try a lower --lr")
+            raise ValueError(f"not finite in epoch {epoch}, {epoch - 1} is the last one saved: lower --lr")
         seconds += shown - began
         rows.append([epoch, *means, rate, seconds])
         # The checkpoint comes last: a run killed before it does the whole epoch again, and these files with it.
@@ -456,7 +457,7 @@ def main():
         sample(args) if args.sample else train(args)
     except KeyboardInterrupt as interrupt:
         path = args.out_dir and args.out_dir / "checkpoint.pt"
-        more = path and path.exists() and not args.sample
+        more = args.training and path and path.exists()
         print("\nstopped" + f"; go on with --resume {path}" * bool(more), file=sys.stderr)
         sys.exit(128 + interrupt.args[0])
     except (OSError, ValueError) as error:

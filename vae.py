@@ -102,8 +102,9 @@ def parse_args(argv=None):
         if args.autoencoder and (args.eval or args.sample and not args.interpolate):
             raise ValueError(f"{path} is an autoencoder: no prior to sample from, no likelihood; try --interpolate")
         args.checkpoint, args.data_dir = checkpoint, os.path.abspath(args.data_dir)  # to resume from another folder
-        written = args.out_dir and not args.sample and not args.eval and args.out_dir / "checkpoint.pt"
-        if written and written.exists() and not (args.resume and args.resume.samefile(written)):
+        args.training = not (args.sample or args.eval)
+        written = args.out_dir and args.out_dir / "checkpoint.pt"
+        if args.training and written and written.exists() and not (args.resume and args.resume.samefile(written)):
             raise ValueError(f"{args.out_dir} holds a run: --resume {written}, or choose another --out-dir")
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -194,8 +195,8 @@ def kl_divergence(mean, logvar):
 
 
 def one_cycle(progress):
-    """Learning rate as a share of its peak, at `progress` from 0 to 1: by a cosine from 0.04 to 1 for the first 30 %,
-    by another down to 0 (Smith & Topin 2018, arXiv:1708.07120)."""
+    """Learning rate as a share of its peak, at `progress` from 0 to 1: a cosine from 0.04 to 1 for the first 30 %, then
+    one down to 0. The shape of PyTorch's OneCycleLR, momentum left alone (Smith & Topin 2018, arXiv:1708.07120)."""
     if progress < 0.3:
         return 0.52 - 0.48 * math.cos(math.pi * progress / 0.3)
     return 0.5 + 0.5 * math.cos(math.pi * (progress - 0.3) / 0.7)
@@ -240,8 +241,9 @@ def train(args):
         if device.type == "cuda" and args.checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(args.checkpoint["cuda_rng"], device)
     args.out_dir = args.out_dir or first_free(Path("runs/vae"))
-    for name in ("samples", "reconstructions")[args.autoencoder :]:
-        (args.out_dir / name).mkdir(parents=True, exist_ok=True)
+    (args.out_dir / "reconstructions").mkdir(parents=True, exist_ok=True)
+    if not args.autoencoder:
+        (args.out_dir / "samples").mkdir(exist_ok=True)
     print(f"{args.dataset}: {len(images):,} images of 1x28x28, on {device.type}, to {args.out_dir}", flush=True)
     if start >= args.epochs:
         print(f"epoch {start} is done: raise --epochs to go on")
@@ -250,33 +252,31 @@ def train(args):
         totals = torch.zeros(2, device=device)
         began = shown = time.perf_counter()
         for step, x in enumerate(batches(images, args.batch_size), 1):
-            progress = ((epoch - 1) * steps + step) / (args.epochs * steps)
+            progress = ((epoch - 1) * steps + step - 1) / (args.epochs * steps)
             optimizer.param_groups[0]["lr"] = peak if args.constant_lr else peak * one_cycle(progress)
             with autocast:
                 logits, mean, logvar = model(x, torch.randn(args.batch_size, args.latent_dim, device=device))
             reconstruction, kl = reconstruction_loss(logits, x), kl_divergence(mean, logvar)
-            loss = reconstruction if args.autoencoder else reconstruction + args.beta * kl  # minus eq. 10, if beta is 1
+            loss = reconstruction + (0 if args.autoencoder else args.beta * kl)  # eq. 10, its sign changed
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
             totals += torch.stack([reconstruction, kl]).detach()
             if step == steps or TERMINAL and time.perf_counter() - shown > 0.5:
-                terms = (totals / step).tolist()  # only here does the CPU wait for the GPU
+                trained = (totals / step).tolist()  # only here does the CPU wait for the GPU
                 shown = time.perf_counter()
                 rate = step * args.batch_size / (shown - began)
                 left = timedelta(seconds=round(((args.epochs - epoch + 1) * steps - step) * args.batch_size / rate))
-                means = [terms[0] if args.autoencoder else sum(terms)]
-                if step == steps:
-                    terms = evaluate(model, held_out, args.seed)
-                    means += terms[:1] if args.autoencoder else [sum(terms), *terms]
+                tested = evaluate(model, held_out, args.seed) if step == steps else []
+                means = [trained[0], *tested[:1]] if args.autoencoder else [sum(trained), sum(tested), *tested]
                 losses = "  ".join(f"{name} {mean:.2f}" for name, mean in zip(metrics, means))
                 line = f"epoch {epoch}/{args.epochs}  {step}/{steps}  {losses}  {rate:,.0f} images/s  {left} left"
                 if TERMINAL:
                     width = shutil.get_terminal_size().columns - 1
                     print(f"\r{line[:width]:{width}}", end="", flush=True)
         if not all(map(math.isfinite, means)):  # the test loss sees every weight that was reached
-            raise ValueError(f"not finite in epoch {epoch}, {epoch - 1} is the last one saved: try a lower --lr")
+            raise ValueError(f"not finite in epoch {epoch}, {epoch - 1} is the last one saved: lower --lr or --beta")
         seconds += shown - began
         rows.append([epoch, *means, rate, seconds])
         # The checkpoint comes last: a run killed before it does the whole epoch again, and these files with it.
@@ -315,10 +315,10 @@ def log_likelihood_bound(model, x, count, random):
     The logarithm of the mean of `count` weights p(x, z) / q(z|x) with z ~ q(z|x), 50 at a time to bound the memory."""
     mean, logvar = model.encode(x)
     log_sum = torch.full((len(x),), -math.inf, device=x.device)
-    for chunk in torch.empty(count).split(50):
-        epsilon = torch.randn(len(chunk), *mean.shape, generator=random, device=x.device)
-        z = reparameterize(mean, logvar, epsilon)  # (chunk, B, latent_dim)
-        logits = model.decoder(z)  # (chunk, B, 784)
+    for first in range(0, count, 50):
+        epsilon = torch.randn(min(50, count - first), *mean.shape, generator=random, device=x.device)
+        z = reparameterize(mean, logvar, epsilon)  # (50, B, latent_dim)
+        logits = model.decoder(z)  # (50, B, 784)
         log_px_z = -F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none").sum(2)
         log_pz_qz = 0.5 * (epsilon.square() + logvar - z.square()).sum(2)  # the two 2 pi cancel
         log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_px_z + log_pz_qz, 0))
@@ -330,16 +330,18 @@ def evaluate_checkpoint(args):
     model = restore(args, device)
     images, bounds = load_images(args, device)[1], []
     random = torch.Generator(device).manual_seed(args.seed)
-    for part in images.split(100):
-        bounds.append(log_likelihood_bound(model, part.float().div(255), args.importance_samples, random))
+    for first in range(0, len(images), 100):
         if TERMINAL:
-            print(f"\r{100 * len(bounds):,} of {len(images):,} images", end=" ", flush=True)
+            print(f"\r{first:,} of {len(images):,} images", end="", flush=True)
+        x = images[first : first + 100].float().div(255)
+        bounds.append(log_likelihood_bound(model, x, args.importance_samples, random))
     bounds = torch.cat(bounds).double()
     error = bounds.std() / math.sqrt(len(bounds))
-    print(f"\n{args.dataset}: {len(bounds):,} held-out images: log p(x) >= {bounds.mean():.2f} nats each", end=" ")
+    print(f"\r{args.dataset}: log p(x) >= {bounds.mean():.2f} nats, mean of {len(bounds):,} held-out images", end=" ")
     print(f"({args.importance_samples} importance samples, standard error over the images {error:.2f})")
 
 
+@torch.no_grad()
 def sample(args):
     device = select_device(args.cuda)
     model = restore(args, device)
@@ -347,7 +349,7 @@ def sample(args):
         x = load_images(args, device)[1][: 2 * args.interpolate].float().div(255)
         if len(x) < 2 * args.interpolate:
             raise ValueError(f"--interpolate {args.interpolate} needs twice as many held-out images: try fewer")
-        a, b = model.encode(x)[0].detach().chunk(2)
+        a, b = model.encode(x)[0].chunk(2)  # image i to image N + i, straight: encodings fill the space between them
         z = torch.lerp(a[:, None], b[:, None], torch.linspace(0, 1, 10, device=device)[:, None]).flatten(0, 1)
         columns, folder = 10, first_free(args.out_dir / "interpolation")
     else:
@@ -417,7 +419,7 @@ def main():
         evaluate_checkpoint(args) if args.eval else sample(args) if args.sample else train(args)
     except KeyboardInterrupt as interrupt:
         path = args.out_dir and args.out_dir / "checkpoint.pt"
-        more = path and path.exists() and not args.sample and not args.eval
+        more = args.training and path and path.exists()
         print("\nstopped" + f"; go on with --resume {path}" * bool(more), file=sys.stderr)
         sys.exit(128 + interrupt.args[0])
     except (OSError, ValueError) as error:
