@@ -130,7 +130,7 @@ def speed_dcgan(args):
             return plain, float32, float32 / plain, bf16, bf16 / plain, bf16 * flops / matmul_rate()
 
         row = medians(measure, args)
-        print("| {} pixels | {:.0f} | {:.0f} | {:.2f} | {:.0f} | {:.2f} | {:.2f} |".format(image_size, *row), flush=True)
+        print("| {} px | {:.0f} | {:.0f} | {:.2f} | {:.0f} | {:.2f} | {:.2f} |".format(image_size, *row), flush=True)
 
 
 @plain_memory()
