@@ -1,4 +1,4 @@
-"""What the tests share: a tiny MNIST in the published file format, and comparing two runs to the bit."""
+"""What the tests share: a tiny MNIST in the published file format, running a script, comparing two runs to the bit."""
 
 import struct
 import sys
@@ -27,6 +27,18 @@ def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     write_mnist(folder, 256)
     return folder
+
+
+def run(script, *argv):
+    """script.main() with that command line, here and not in a process of its own: its exit status."""
+    sys.argv = [Path(script.__file__).name, *map(str, argv)]
+    try:
+        script.main()
+    except SystemExit as stop:
+        if isinstance(stop.code, str):  # what the interpreter does with it
+            print(stop.code, file=sys.stderr)
+        return stop.code if isinstance(stop.code, int) else 1
+    return 0
 
 
 def same(a, b):

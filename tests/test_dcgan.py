@@ -13,13 +13,14 @@ import subprocess
 import sys
 import termios
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import result, same, show
+from conftest import result, run as run_script, same, show
 from PIL import Image
 from torch import nn
 
@@ -27,18 +28,7 @@ import dcgan
 
 SCRIPT = Path(dcgan.__file__)
 TINY = ["--width", "2", "--latent-dim", "5", "--batch-size", "64", "--lr", "0.02"]  # a rate that shows within ten steps
-
-
-def run(*argv):
-    """dcgan.main() with that command line, here: its exit status."""
-    sys.argv = ["dcgan.py", *map(str, argv)]
-    try:
-        dcgan.main()
-    except SystemExit as stop:
-        if isinstance(stop.code, str):  # what the interpreter does with it
-            print(stop.code, file=sys.stderr)
-        return stop.code if isinstance(stop.code, int) else 1
-    return 0
+run = partial(run_script, dcgan)
 
 
 def train(data_dir, out_dir, *flags):

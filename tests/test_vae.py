@@ -5,30 +5,20 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import result, same, show
+from conftest import result, run as run_script, same, show
 from PIL import Image
 
 import vae
 
 SCRIPT = Path(vae.__file__)
 TINY = ["--hidden-dim", "16", "--latent-dim", "3", "--batch-size", "64"]
-
-
-def run(*argv):
-    """vae.main() with that command line, here: its exit status."""
-    sys.argv = ["vae.py", *map(str, argv)]
-    try:
-        vae.main()
-    except SystemExit as stop:
-        if isinstance(stop.code, str):  # what the interpreter does with it
-            print(stop.code, file=sys.stderr)
-        return stop.code if isinstance(stop.code, int) else 1
-    return 0
+run = partial(run_script, vae)
 
 
 def train(data_dir, out_dir, *flags):
