@@ -6,7 +6,7 @@ import sys
 import torch
 from torchvision.utils import save_image
 
-# PyTorch reads this at its first allocation: large tensors in large pages (Linux), dcgan.py a tenth faster on a CPU at 64x64.
+# PyTorch reads this at its first allocation: large tensors in large pages (Linux), a tenth faster on a CPU at 64x64.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
