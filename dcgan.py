@@ -347,7 +347,7 @@ def train(args):
                 means = (totals / step).tolist()  # only here does the CPU wait for the GPU
                 shown = time.perf_counter()
                 rate = step * args.batch_size / (shown - began)
-                left = timedelta(seconds=round(((args.epochs - epoch + 1) * steps - step) * args.batch_size / rate))
+                left = timedelta(seconds=round((shown - began) / step * ((args.epochs - epoch + 1) * steps - step)))
                 losses = "  ".join(f"{name} {mean:.3f}" for name, mean in zip(METRICS, means))
                 line = f"epoch {epoch}/{args.epochs}  {step}/{steps}  {losses}  {rate:,.0f} images/s  {left} left"
                 if TERMINAL:

@@ -272,7 +272,7 @@ def train(args):
                 trained = (totals / step).tolist()  # only here does the CPU wait for the GPU
                 shown = time.perf_counter()
                 rate = step * args.batch_size / (shown - began)
-                left = timedelta(seconds=round(((args.epochs - epoch + 1) * steps - step) * args.batch_size / rate))
+                left = timedelta(seconds=round((shown - began) / step * ((args.epochs - epoch + 1) * steps - step)))
                 tested = evaluate(model, held_out, args.seed) if step == steps else []
                 means = [trained[1], *tested[1:2]] if args.autoencoder else [trained[0], *tested]
                 losses = "  ".join(f"{name} {mean:.2f}" for name, mean in zip(metrics, means))

@@ -1,6 +1,6 @@
 """Measures what the README reports; a command, not a test. Prints markdown rows.
 
-    python tests/benchmark.py speed [dcgan vae]        images/s of the training loop beside the plain way, one process
+    python tests/benchmark.py speed [dcgan gan vae]     images/s of the training loop beside the plain way, one process
     python tests/benchmark.py quality DIR [DIR ...]    folders of generated digits (--sample) beside the MNIST test set
 
 Both read MNIST from --data-dir (data).
@@ -27,6 +27,7 @@ from torchvision import datasets, transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dcgan  # noqa: E402
+import gan  # noqa: E402
 import vae  # noqa: E402
 
 
@@ -80,12 +81,12 @@ def plain_dcgan(data_dir, image_size, steps):
 
 
 def ours(script, data_dir, steps, *flags):
-    """images/s that the script's own train() reports for its second epoch, of `steps` steps of 128 images."""
+    """images/s that the script's own train() reports for its second epoch, of 128 * `steps` images."""
     load_images = script.load_images
 
     def first_images(*args):
         images = load_images(*args)
-        return images[: 128 * steps] if script is dcgan else (images[0][: 128 * steps], images[1][:1000])
+        return (images[0][: 128 * steps], images[1][:1000]) if script is vae else images[: 128 * steps]
 
     with tempfile.TemporaryDirectory() as folder:
         script.load_images = first_images
@@ -184,6 +185,44 @@ def speed_vae(args):
             print(f"| {what} | {seconds:.1f} | 1/{600_000 / row[0] / seconds:.1f} |", flush=True)
 
 
+@plain_memory()
+def plain_gan(data_dir, steps):
+    """images/s of the loop of PyTorch-GAN, with the losses on logits: float32, unfused Adam, PIL transforms image by image in
+    a DataLoader, every gradient computed, both losses printed in each step."""
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
+    loader = DataLoader(datasets.MNIST(data_dir, transform=transform), batch_size=64, shuffle=True, drop_last=True)
+    generator, discriminator = gan.Generator(100, 256), gan.Discriminator(256)
+    optimizer_g = torch.optim.Adam(generator.parameters(), 4e-4, betas=(0.5, 0.999))
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), 4e-4, betas=(0.5, 0.999))
+    criterion, ones, zeros = nn.BCEWithLogitsLoss(), torch.ones(64), torch.zeros(64)
+    for step, (x, _) in enumerate(loader):
+        if step == 10:  # ten steps to warm up
+            began = time.perf_counter()
+        elif step == 10 + steps:
+            return 64 * steps / (time.perf_counter() - began)
+        optimizer_g.zero_grad()
+        fake = generator(torch.randn(64, 100))
+        loss_g = criterion(discriminator(fake), ones)
+        loss_g.backward()
+        optimizer_g.step()
+        optimizer_d.zero_grad()
+        loss_d = (criterion(discriminator(x.view(-1, 784)), ones) + criterion(discriminator(fake.detach()), zeros)) / 2
+        loss_d.backward()
+        optimizer_d.step()
+        print(f"[Batch {step}/{len(loader)}] [D loss: {loss_d.item():f}] [G loss: {loss_g.item():f}]", file=sys.stderr)
+
+
+def speed_gan(args):
+    def measure():
+        plain = plain_gan(args.data_dir, 300)
+        float32, bf16 = (ours(gan, args.data_dir, 200, *flag) for flag in ((), ("--bf16",)))
+        return plain, float32, float32 / plain, bf16, bf16 / plain
+
+    print("| gan.py | plain, images/s | float32 | ratio | --bf16 | ratio |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    print("| 100-256-512-1024-784 | {:.0f} | {:.0f} | {:.2f} | {:.0f} | {:.2f} |".format(*medians(measure, args)), flush=True)
+
+
 def medians(measure, args):
     rounds = []
     for n in range(args.rounds):
@@ -193,8 +232,8 @@ def medians(measure, args):
 
 
 def speed(args):
-    for name in args.what or ("dcgan", "vae"):
-        {"dcgan": speed_dcgan, "vae": speed_vae}[name](args)
+    for name in args.what or ("dcgan", "gan", "vae"):
+        {"dcgan": speed_dcgan, "gan": speed_gan, "vae": speed_vae}[name](args)
 
 
 # quality: generated digits seen through a classifier
