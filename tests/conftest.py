@@ -1,15 +1,19 @@
-"""What the tests share: a tiny MNIST in the published file format, running a script, comparing two runs to the bit."""
+"""What the tests share: a tiny MNIST and tiny facades in the published file formats, running a script, comparing two runs to the bit."""
 
 import struct
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dcgan  # noqa: E402
+import pix2pix  # noqa: E402
 
 
 def write_mnist(folder, count):
@@ -20,6 +24,14 @@ def write_mnist(folder, count):
         images = dcgan.synthetic_digits(n, seed)
         (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, n, 28, 28) + images.numpy().tobytes())
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, n) + bytes(i % 10 for i in range(n)))
+
+
+def write_pairs(folder, count, seed):
+    """Puts `count` synthetic pairs into `folder`, photo and labels side by side, as the facades are published; 80x40."""
+    folder.mkdir(parents=True)
+    for n, pair in enumerate(pix2pix.synthetic_facades(count, seed)):
+        images = [to_pil_image(image).resize((40, 40)) for image in pair]
+        Image.fromarray(np.concatenate(images, 1)).save(folder / f"{n:05d}.png")
 
 
 @pytest.fixture(scope="session")
