@@ -8,10 +8,18 @@
 
 Writes to runs/gan: checkpoint.pt, metrics.csv, and samples/epoch_0001.png, ..., the same noise after every epoch.
 
-MEASURED
+Measured on MNIST (torch 2.15, AMD EPYC with AVX-512 bf16), Fréchet distance of 10,000 samples to the test set in the
+features of tests/benchmark.py's digit classifier: F25 after 25 epochs (seeds 0 to 2), F100 after 100 (two
+halves of the test set: 3.2). Every digit has SHARES of the samples. SPEED. Not yet run on a GPU.
 
-Differences from the paper:
-TODO
+Differences from the paper, with the distance after ten epochs of seed 0 where it was measured:
+1. G is 100-256-512-1024-784 with BatchNorm, LeakyReLU and tanh, not ReLU and sigmoid; D is 784-1024-512-256-1 with
+   LeakyReLU and dropout 0.3, not maxout. G without BatchNorm: 605 (231 with it; batches of 128, Adam at 2e-4).
+2. Adam at 4e-4 with beta1 0.5, not momentum, and batches of 64, not 100: 153 (2e-4: 167; batches of 128: 177; both: 231).
+3. What is drawn is a running average of G, which circles around what it approaches: 77 instead of 153.
+4. G descends -log D(G(z)), which the paper recommends, and not algorithm 1's log(1 - D(G(z))): --saturating.
+5. G steps on the images that D saw last, not on new ones, which saves a forward.
+6. z is normal, not uniform: the sphere on which slerp() walks is where its mass lies.
 """
 
 import argparse

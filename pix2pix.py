@@ -252,7 +252,7 @@ def synthetic_facades(count, seed):
     for _ in range(count):
         sky = (120, 170, 230) + (1 - down) * (-60, -40, 20) + random.normal(0, 12, 3)
         photo = Image.fromarray(np.broadcast_to(sky.clip(0, 255).astype(np.uint8), (256, 256, 3)).copy())
-        labels = Image.new("RGB", (256, 256), (0, 0, 170))  # background
+        labels = Image.new("RGB", (256, 256), (0, 0, 222))  # background
         on_photo, on_labels = ImageDraw.Draw(photo), ImageDraw.Draw(labels)
 
         def box(x, y, w, h, color, label=None):
@@ -265,20 +265,20 @@ def synthetic_facades(count, seed):
         floors, columns = random.integers(3, 7, 2)
         width, height = (256 - left - margin) // columns, (206 - top) // floors  # of a window and the wall around it
         w, h = int(width * random.uniform(0.35, 0.65)), int(height * random.uniform(0.45, 0.7))
-        box(left, top, 256 - left - margin, 256 - top, wall, (0, 0, 255))  # facade
-        box(left, top, 256 - left - margin, 8, 1.2 * wall, (0, 255, 255))  # cornice
+        box(left, top, 256 - left - margin, 256 - top, wall, (0, 48, 255))  # facade
+        box(left, top, 256 - left - margin, 8, 1.2 * wall, (255, 80, 0))  # cornice
         balconies, first = random.random() < 0.4, left + (width - w) // 2
         for y, x in itertools.product(top + 14 + height * np.arange(floors), first + width * np.arange(columns)):
-            box(x, y, w, h, 0.5 * wall, (0, 85, 255))  # window
+            box(x, y, w, h, 0.5 * wall, (0, 128, 255))  # window
             box(x + 2, y + 2, w - 4, h - 4, glass)
             on_photo.polygon([(x + 2, y + 2), (x + w - 3, y + 2), (x + 2, y + h // 2)], tuple((glass + 50).astype(int)))
             box(x + w // 2, y, 2, h, 0.8 * wall)
-            box(x - 2, y + h, w + 4, 4, 1.15 * wall, (85, 255, 170))  # sill
+            box(x - 2, y + h, w + 4, 4, 1.15 * wall, (112, 255, 142))  # sill
             if balconies:
-                box(x - 3, y + h - h // 3, w + 6, h // 3, (45, 45, 50), (170, 255, 85))
-        box(left, 226, 256 - left - margin, 30, 0.6 * wall, (170, 0, 0))  # shop
+                box(x - 3, y + h - h // 3, w + 6, h // 3, (45, 45, 50), (192, 255, 63))
+        box(left, 226, 256 - left - margin, 30, 0.6 * wall, (174, 0, 0))  # shop
         door = random.uniform((40, 20, 10), (120, 70, 50))
-        box(first + width * random.integers(columns), 214, w, 42, door, (0, 170, 255))
+        box(first + width * random.integers(columns), 214, w, 42, door, (0, 207, 255))
         light = 1 + random.normal(0, 0.15) * (down - 0.5) + random.normal(0, 0.03, (256, 256, 1))
         pairs.append(np.stack([(np.asarray(photo) * light).clip(0, 255).astype(np.uint8), np.asarray(labels)]))
     return torch.from_numpy(np.stack(pairs)).permute(0, 1, 4, 2, 3).contiguous()

@@ -1,9 +1,10 @@
 """Measures what the README reports; a command, not a test. Prints markdown rows.
 
-    python tests/benchmark.py speed [dcgan gan vae]     images/s of the training loop beside the plain way, one process
-    python tests/benchmark.py quality DIR [DIR ...]    folders of generated digits (--sample) beside the MNIST test set
+    python tests/benchmark.py speed [vae gan dcgan pix2pix]    images/s of the loop beside the plain way, one process
+    python tests/benchmark.py quality DIR [DIR ...]            folders of generated digits beside the MNIST test set
+    python tests/benchmark.py facades DIR [DIR ...]            folders of the translated held-out facades: the FCN score
 
-Both read MNIST from --data-dir (data).
+The folders are what --sample wrote. MNIST and facades are read from --data-dir (data).
 """
 
 import argparse
@@ -28,6 +29,7 @@ from torchvision import datasets, transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dcgan  # noqa: E402
 import gan  # noqa: E402
+import pix2pix  # noqa: E402
 import vae  # noqa: E402
 
 
@@ -223,6 +225,74 @@ def speed_gan(args):
     print("| 100-256-512-1024-784 | {:.0f} | {:.0f} | {:.2f} | {:.0f} | {:.2f} |".format(*medians(measure, args)), flush=True)
 
 
+def plain_pix2pix(data_dir, steps):
+    """images/s of the loop as it is commonly written: float32, NCHW, unfused Adam, jitter by PIL pair by pair in a
+    DataLoader, every gradient computed, three losses read in each step."""
+
+    class Pairs(torch.utils.data.Dataset):
+        paths = sorted(Path(data_dir, "facades", "train").glob("*.jpg"))
+
+        def __len__(self):
+            return len(self.paths)
+
+        def __getitem__(self, i):
+            both = Image.open(self.paths[i]).convert("RGB")
+            images, (top, left), mirror = [], np.random.randint(0, 31, 2), np.random.rand() < 0.5
+            for side in (256, 0):  # labels, photo
+                image = both.crop((side, 0, side + 256, 256)).resize((286, 286), Image.Resampling.BICUBIC)
+                image = image.crop((left, top, left + 256, top + 256))
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else image
+                images.append(transforms.functional.normalize(transforms.functional.to_tensor(image), 0.5, 0.5))
+            return images
+
+    generator, discriminator = pix2pix.Generator(256, 64, "batch"), pix2pix.Discriminator(64, "batch")
+    optimizer_g = torch.optim.Adam(generator.parameters(), 2e-4, betas=(0.5, 0.999))
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), 2e-4, betas=(0.5, 0.999))
+    criterion, l1 = nn.BCEWithLogitsLoss(), nn.L1Loss()
+    for step, (source, target) in enumerate(DataLoader(Pairs(), shuffle=True)):
+        if step == 2:  # two steps to warm up
+            began = time.perf_counter()
+        elif step == 2 + steps:
+            return steps / (time.perf_counter() - began)
+        fake = generator(source)
+        real_logits, fake_logits = discriminator(source, target), discriminator(source, fake.detach())
+        loss_d = criterion(real_logits, torch.ones_like(real_logits))
+        loss_d = (loss_d + criterion(fake_logits, torch.zeros_like(fake_logits))) / 2
+        optimizer_d.zero_grad()
+        loss_d.backward()
+        optimizer_d.step()
+        logits = discriminator(source, fake)
+        loss_gan, loss_l1 = criterion(logits, torch.ones_like(logits)), l1(fake, target)
+        optimizer_g.zero_grad()
+        (loss_gan + 100 * loss_l1).backward()
+        optimizer_g.step()
+        loss_d.item(), loss_gan.item(), loss_l1.item()
+
+
+def speed_pix2pix(args):
+    load_pairs, evaluate = pix2pix.load_pairs, pix2pix.evaluate
+    pix2pix.evaluate = lambda *args: (torch.zeros(3, 3, 8, 8), 0.0, 0.0)  # the held-out pairs are not the loop
+
+    def ours(*flags):
+        pix2pix.load_pairs = lambda *arguments: load_pairs(*arguments)[:12]
+        with tempfile.TemporaryDirectory() as folder:
+            command = ["--dataset", "facades", "--data-dir", args.data_dir, "--epochs", "2", "--out-dir", f"{folder}/run"]
+            with contextlib.redirect_stdout(sys.stderr):
+                pix2pix.train(pix2pix.parse_args([*command, *flags]))
+            return float(list(csv.DictReader(open(f"{folder}/run/metrics.csv")))[-1]["images_per_second"])
+
+    def measure():
+        with plain_memory():
+            plain = plain_pix2pix(args.data_dir, 10)
+        float32, bf16 = ours(), ours("--bf16")
+        return plain, float32, float32 / plain, bf16, bf16 / plain
+
+    print("| pix2pix.py | plain, images/s | float32 | ratio | --bf16 | ratio |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    print("| 256 px, one pair a step | {:.2f} | {:.2f} | {:.2f} | {:.2f} | {:.2f} |".format(*medians(measure, args)), flush=True)
+    pix2pix.load_pairs, pix2pix.evaluate = load_pairs, evaluate
+
+
 def medians(measure, args):
     rounds = []
     for n in range(args.rounds):
@@ -232,8 +302,9 @@ def medians(measure, args):
 
 
 def speed(args):
-    for name in args.what or ("dcgan", "gan", "vae"):
-        {"dcgan": speed_dcgan, "gan": speed_gan, "vae": speed_vae}[name](args)
+    tables = {"vae": speed_vae, "gan": speed_gan, "dcgan": speed_dcgan, "pix2pix": speed_pix2pix}
+    for name in args.what or tables:
+        tables[name](args)
 
 
 # quality: generated digits seen through a classifier
@@ -325,14 +396,113 @@ def quality(args):
         print(f"| {name} | {distance:.1f} | {' '.join(f'{share:.1f}' for share in shares)} | {confident:.1%} |")
 
 
+# facades: the FCN score of pix2pix's table 1, labels read back from photos by a segmenter that was trained on real ones
+
+CMP = [(0, 0, 222), (0, 48, 255), (0, 128, 255), (0, 207, 255), (32, 255, 224), (112, 255, 142)]  # the colours of its labels
+CMP += [(192, 255, 63), (255, 240, 0), (255, 159, 0), (255, 80, 0), (255, 0, 0), (174, 0, 0)]
+
+
+class Segmenter(nn.Module):
+    """Photos (B, 3, H, W) in [-1, 1] to logits (B, 12, H, W) of CMP's classes: a U-Net of three levels."""
+
+    def __init__(self):
+        super().__init__()
+
+        def block(before, after):
+            convs = [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+            return nn.Sequential(*convs, nn.Conv2d(after, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
+
+        self.down = nn.ModuleList([block(3, 32), block(32, 64), block(64, 128), block(128, 128)])
+        self.up = nn.ModuleList([block(256, 64), block(128, 32), block(64, 32)])
+        self.head = nn.Sequential(nn.Dropout2d(0.2), nn.Conv2d(32, 12, 1))
+
+    def forward(self, x):
+        skips = []
+        for level in self.down:
+            x = level(F.max_pool2d(x, 2) if skips else x)
+            skips.append(x)
+        skips.pop()
+        for level in self.up:
+            x = level(torch.cat([F.interpolate(x, scale_factor=2), skips.pop()], 1))
+        return self.head(x)
+
+
+def facade_pairs(data_dir, split, size):
+    """Photos (N, 3, size, size) in [-1, 1] and classes (N, size, size) of the real pairs, in order."""
+    photos, classes, palette = [], [], torch.tensor(CMP).float()
+    for path in sorted(Path(data_dir, "facades", split).glob("*.jpg")):
+        both = Image.open(path).convert("RGB")
+        photos.append(pix2pix.to_network_size(both.crop((0, 0, 256, 256)), size))
+        labels = torch.from_numpy(np.asarray(both)[:, 256:].copy()).float()
+        nearest = torch.cdist(labels.view(-1, 3), palette).argmin(1).view(1, 1, 256, 256)
+        classes.append(F.interpolate(nearest.float(), (size, size))[0, 0].long())
+    return torch.stack(photos).float() / 127.5 - 1, torch.stack(classes)
+
+
+def facade_segmenter(data_dir, size):
+    """A Segmenter trained on the real training photos from seed 0, kept in runs/benchmark/."""
+    path, model = Path(f"runs/benchmark/segmenter_{size}.pt"), Segmenter()
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.eval()
+    torch.manual_seed(0)
+    model.apply(lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None)
+    photos, classes = facade_pairs(data_dir, "train", size * 9 // 8)
+    epochs, batch = 60, 16
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * (len(photos) // batch))
+    for epoch in range(epochs):
+        for index in torch.randperm(len(photos)).split(batch)[: len(photos) // batch]:
+            top, left = torch.randint(size // 8 + 1, (2,)).tolist()
+            x, y = (part[index][..., top : top + size, left : left + size] for part in (photos, classes))
+            if torch.rand(()) < 0.5:
+                x, y = x.flip(-1), y.flip(-1)
+            loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        say(f"segmenter: epoch {epoch + 1}/{epochs}, loss {loss.item():.3f}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+    return model.eval()
+
+
+@torch.no_grad()
+def fcn_score(model, photos, classes):
+    """Share of pixels, and mean over classes of intersection over union, where the segmenter reads the true label."""
+    found = torch.cat([model(part).argmax(1) for part in photos.split(20)])
+    confusion = torch.bincount((classes * 12 + found).flatten(), minlength=144).view(12, 12).double()
+    right = confusion.diag()
+    return (right.sum() / confusion.sum()).item(), (right / (confusion.sum(0) + confusion.sum(1) - right)).mean().item()
+
+
+def facades(args):
+    rows = []
+    for folder in args.what:
+        files = sorted(Path(folder).glob("*.png"))
+        rows.append((folder, torch.stack([pix2pix.to_floats(pix2pix.pil_to_tensor(Image.open(file))) for file in files])))
+    size = rows[0][1].shape[-1]
+    model, (photos, classes) = facade_segmenter(args.data_dir, size), facade_pairs(args.data_dir, "val", size)
+    mean = facade_pairs(args.data_dir, "train", size)[0].mean(0).expand_as(photos)
+    print("| photos | pixel accuracy | mean IoU | of the real photos' | L1 | PSNR, dB |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    real = fcn_score(model, photos, classes)
+    for name, images in (("real", photos), *rows, ("mean training photo", mean)):
+        score, errors = fcn_score(model, images, classes), (images - photos).flatten(1)
+        psnr = (10 * torch.log10(4 / errors.square().mean(1))).mean()
+        line = f"| {name} | {score[0]:.3f} | {score[1]:.3f} | {score[0] / real[0]:.2f}, {score[1] / real[1]:.2f} "
+        print(line + (f"| {errors.abs().mean():.3f} | {psnr:.2f} |" if images is not photos else "| | |"), flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("speed", "quality"))
-    parser.add_argument("what", nargs="*", help="speed: scripts; quality: folders of 28x28 images")
+    parser.add_argument("table", choices=("speed", "quality", "facades"))
+    parser.add_argument("what", nargs="*", help="speed: scripts; quality, facades: folders of images")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--rounds", type=int, default=3, help="speed: measurements, of which the median counts")
     args = parser.parse_args()
-    {"speed": speed, "quality": quality}[args.table](args)
+    {"speed": speed, "quality": quality, "facades": facades}[args.table](args)
 
 
 if __name__ == "__main__":

@@ -596,11 +596,11 @@ def test_synthetic_facades_repeat_and_their_labels_are_cmps():
     pairs = pix2pix.synthetic_facades(6, 3)
     assert pairs.shape == (6, 2, 3, 256, 256) and pairs.dtype == torch.uint8
     assert torch.equal(pairs, pix2pix.synthetic_facades(6, 3)) and not torch.equal(pairs, pix2pix.synthetic_facades(6, 4))
-    palette = {(0, 0, 170), (0, 0, 255), (0, 85, 255), (85, 255, 170), (0, 170, 255), (0, 255, 255), (170, 255, 85), (170, 0, 0)}
+    palette = {(0, 0, 222), (0, 48, 255), (0, 128, 255), (112, 255, 142), (0, 207, 255), (255, 80, 0), (192, 255, 63), (174, 0, 0)}
     colors = {tuple(color) for color in pairs[:, 1].permute(0, 2, 3, 1).flatten(0, 2).unique(dim=0).tolist()}
-    assert {(0, 0, 170), (0, 0, 255), (0, 85, 255)} <= colors <= palette
+    assert {(0, 0, 222), (0, 48, 255), (0, 128, 255)} <= colors <= palette
     for photo, labels in pairs.float():  # what a label covers looks alike, next to the whole
-        sky = photo[:, (labels == torch.tensor([0, 0, 170.0])[:, None, None]).all(0)]
+        sky = photo[:, (labels == torch.tensor([0, 0, 222.0])[:, None, None]).all(0)]
         assert sky.std(1).mean() < 0.6 * photo.flatten(1).std(1).mean()
 
 
