@@ -15,7 +15,8 @@ halves of the test set: 3.2). Every digit has SHARES of the samples. SPEED. Not 
 Differences from the paper, with the distance after ten epochs of seed 0 where it was measured:
 1. G is 100-256-512-1024-784 with BatchNorm, LeakyReLU and tanh, not ReLU and sigmoid; D is 784-1024-512-256-1 with
    LeakyReLU and dropout 0.3, not maxout. G without BatchNorm: 605 (231 with it; batches of 128, Adam at 2e-4).
-2. Adam at 4e-4 with beta1 0.5, not momentum, and batches of 64, not 100: 153 (2e-4: 167; batches of 128: 177; both: 231).
+2. Adam at 4e-4 with beta1 0.5, not momentum, and batches of 64, not 100: 153
+   (2e-4: 167; batches of 128: 177; both: 231).
 3. What is drawn is a running average of G, which circles around what it approaches: 77 instead of 153.
 4. G descends -log D(G(z)), which the paper recommends, and not algorithm 1's log(1 - D(G(z))): --saturating.
 5. G steps on the images that D saw last, not on new ones, which saves a forward.
@@ -50,7 +51,7 @@ from common import save_grid, select_device
 FORMAT = "gan 1"  # marks a checkpoint: one of another script, or of another version, is refused
 DIGITS = ("mnist", "fashion-mnist", "synthetic")  # one channel, 28x28
 NETWORK = ("dataset", "latent_dim", "width")  # what a checkpoint fixes
-METRICS = ("loss_d", "loss_g", "d_real", "d_fake")  # the last two are mean D(x) and D(G(z)), probabilities
+METRICS = ("loss_d", "loss_g", "d_real", "d_fake")  # of D its last step of k; the last two: mean D(x), D(G(z))
 TERMINAL = sys.stdout is not None and sys.stdout.isatty()  # else no progress is shown within an epoch
 
 
@@ -67,7 +68,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("gan.py", argparse.SUPPRESS)  # no usage, which would go before every error
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=above(0), default=100, metavar="N", help="passes over the training set (%(default)s)")
-    add("--batch-size", type=above(0), default=64, metavar="N", help="images a step (%(default)s)")
+    add("--batch-size", type=above(1), default=64, metavar="N", help="images a step, at least 2 (%(default)s)")
     add("--lr", type=above(0, float, math.inf), default=4e-4, metavar="X", help="learning rate of Adam (%(default)s)")
     add("--d-steps", type=above(0), default=1, metavar="K", help="steps of D for one of G (%(default)s)")
     add("--saturating", action=argparse.BooleanOptionalAction, default=False, help="G descends log(1 - D(G(z)))")
@@ -123,7 +124,7 @@ def load_images(args, device):
         except Exception as error:  # no network, no room, a torn file: torchvision raises many kinds
             reason = f"{name} is neither whole in {args.data_dir} nor to be downloaded ({' '.join(str(error).split())})"
             if args.dataset:
-                raise OSError(f"{reason}: put it there, or choose another --dataset") from error
+                raise OSError(f"{reason}: put it there, or choose another --data-dir or --dataset") from error
             print(f"warning: {reason}, training on synthetic digits", file=sys.stderr)
             args.dataset = "synthetic"
     if args.dataset == "synthetic":
@@ -165,7 +166,7 @@ class Generator(nn.Sequential):
 
 
 class Dropout(nn.Dropout):
-    """The same with a mask from rand(): on a CPU PyTorch's own draws three times as long, a sixth of a step."""
+    """The same with a mask from rand(), which on a CPU takes less than half the time of PyTorch's own."""
 
     def forward(self, x):
         if x.is_cuda or not self.training:
@@ -199,7 +200,9 @@ def generator_loss(fake_logits, saturating):
 
 @torch.no_grad()
 def update_average(averaged, generator, step):
-    """Moves `averaged` towards G: a mean over the last tenth of all steps, later over about the last 1000."""
+    """Moves `averaged` towards G: a mean over the last tenth of the steps, from step 10,000 over the last 1000 or so.
+
+    Yazici et al. 2019 (arXiv:1806.04498), who start at once with the latter, and so with what G was at random."""
     weight = max(0.001, 10 / (10 + step))
     for mean, value in zip(averaged.state_dict().values(), generator.state_dict().values()):
         if mean.is_floating_point():  # all but BatchNorm's count of batches
@@ -245,7 +248,7 @@ def train(args):
         began = shown = time.perf_counter()
         data = batches(images, args.batch_size)
         for step in range(1, steps + 1):
-            # k steps of D: descend -log D(x) - log(1 - D(G(z))), each on data and noise of its own
+            # Algorithm 1. k steps of D: descend -log D(x) - log(1 - D(G(z))), each on data and noise of its own
             for x in itertools.islice(data, args.d_steps):
                 with autocast:
                     fake = generator(torch.randn(args.batch_size, args.latent_dim, device=device))
@@ -255,7 +258,7 @@ def train(args):
                 loss_d.backward()
                 optimizer_d.step()
 
-            # G: descend -log D(G(z)) through the new D, whose own gradients are not computed
+            # G: descend -log D(G(z)), or log(1 - D(G(z))), through the new D; D's own gradients are not computed
             with autocast:
                 logits = discriminator(fake).float()
             loss_g = generator_loss(logits, args.saturating)
@@ -366,8 +369,9 @@ def first_free(path):
     for n in itertools.count(1):
         free = path.with_name(f"{path.name}-{n}") if n > 1 else path
         with contextlib.suppress(FileExistsError):  # also where another run was faster
-            free.mkdir()
-            return free
+            if not free.with_suffix(".png").exists():  # an earlier --sample's grid
+                free.mkdir()
+                return free
 
 
 def main():

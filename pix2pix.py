@@ -142,7 +142,7 @@ def load_pairs(args, split, device):
         except Exception as error:  # no network, no room, a torn archive: many kinds
             reason = f"{name} is neither in {args.data_dir} nor to be downloaded ({' '.join(str(error).split())})"
             if args.dataset:
-                raise OSError(f"{reason}: put it there, or choose another --dataset") from error
+                raise OSError(f"{reason}: put it there, or choose another --data-dir or --dataset") from error
             print(f"warning: {reason}, training on synthetic facades", file=sys.stderr)
             args.dataset = "synthetic"
     if args.dataset == "synthetic":
@@ -574,8 +574,9 @@ def first_free(path):
     for n in itertools.count(1):
         free = path.with_name(f"{path.name}-{n}") if n > 1 else path
         with contextlib.suppress(FileExistsError):  # also where another run was faster
-            free.mkdir()
-            return free
+            if not free.with_suffix(".png").exists():  # an earlier --sample's grid
+                free.mkdir()
+                return free
 
 
 def main():

@@ -193,7 +193,9 @@ def plain_gan(data_dir, steps):
     a DataLoader, every gradient computed, both losses printed in each step."""
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
     loader = DataLoader(datasets.MNIST(data_dir, transform=transform), batch_size=64, shuffle=True, drop_last=True)
+    gan.Dropout, dropout = nn.Dropout, gan.Dropout
     generator, discriminator = gan.Generator(100, 256), gan.Discriminator(256)
+    gan.Dropout = dropout
     optimizer_g = torch.optim.Adam(generator.parameters(), 4e-4, betas=(0.5, 0.999))
     optimizer_d = torch.optim.Adam(discriminator.parameters(), 4e-4, betas=(0.5, 0.999))
     criterion, ones, zeros = nn.BCEWithLogitsLoss(), torch.ones(64), torch.zeros(64)

@@ -374,6 +374,9 @@ def test_samples_are_single_images_at_28_pixels(data_dir, finished, tmp_path):
     assert run("--sample", finished / "checkpoint.pt", "--num-samples", "70", "--out-dir", out) == 0
     assert run("--sample", finished / "checkpoint.pt", "--num-samples", "3", "--seed", "9", "--out-dir", out) == 0
     assert sorted(p.name for p in out.iterdir()) == ["generated", "generated-2", "generated-2.png", "generated.png"]
+    shutil.move(out / "generated-2", tmp_path / "moved")
+    assert run("--sample", finished / "checkpoint.pt", "--num-samples", "3", "--out-dir", out) == 0
+    assert (out / "generated-3").exists()  # and the grid of the second stays
     files = sorted((out / "generated").iterdir())
     assert [file.name for file in files] == [f"{n:05d}.png" for n in range(70)]
     images = [np.asarray(Image.open(file)) for file in files]
@@ -383,7 +386,7 @@ def test_samples_are_single_images_at_28_pixels(data_dir, finished, tmp_path):
     generator.load_state_dict(dcgan.load_checkpoint(finished / "checkpoint.pt")["generator"])
     expected = (dcgan.generate(generator, z)[:, 0, 2:-2, 2:-2].numpy() + 1) * 127.5
     np.testing.assert_allclose(np.stack(images), expected, atol=0.51)
-    assert not np.array_equal(images[0], np.asarray(Image.open(out / "generated-2" / "00000.png")))
+    assert not np.array_equal(images[0], np.asarray(Image.open(tmp_path / "moved" / "00000.png")))
 
 
 def test_walks_are_spherical(finished, tmp_path):

@@ -57,6 +57,8 @@ def test_networks_are_the_described():
     assert names == ["Linear", "BatchNorm1d", "LeakyReLU"] * 3 + ["Linear", "Tanh"]
     names = [type(module).__name__ for module in discriminator]
     assert names == ["Linear", "LeakyReLU", "Dropout"] * 3 + ["Linear", "Flatten"]
+    values = [(type(m).__name__, name, getattr(m, name)) for net in (generator, discriminator) for m in net for name in ("negative_slope", "p", "eps") if hasattr(m, name)]
+    assert set(values) == {("LeakyReLU", "negative_slope", 0.2), ("Dropout", "p", 0.3), ("BatchNorm1d", "eps", 1e-5)}
     sizes = [[m.weight.shape[::-1] for m in net if isinstance(m, nn.Linear)] for net in (generator, discriminator)]
     assert sizes == [[(7, 4), (4, 8), (8, 16), (16, 784)], [(784, 16), (16, 8), (8, 4), (4, 1)]]
     assert gan.Discriminator(4, pixels=2)(gan.Generator(7, 4, pixels=2)(torch.randn(3, 7))).shape == (3,)
@@ -199,11 +201,15 @@ def test_k_steps_of_d_have_data_and_noise_of_their_own(data_dir, tmp_path, monke
             events.append("G" if self.param_groups[0]["params"][-1].numel() == 784 else "D")
             super().step()
 
+        def zero_grad(self):
+            events.append("0")
+            super().zero_grad()
+
     for module, replacement in ((gan, Generator), (gan, Discriminator), (torch.optim, Adam)):
         monkeypatch.setattr(module, replacement.__name__, replacement)
     monkeypatch.setattr(gan, "generate", lambda generator, z: torch.zeros(1, 1, 28, 28))
     out = train(data_dir, tmp_path / "run", "--epochs", "1", "--d-steps", "3", "--batch-size", "20")
-    assert "".join(events) == "DDDG" * 4
+    assert "".join(events) == "0D0D0D0G" * 4
     noise = torch.cat(noise)
     assert len(noise) == 4 * 3 * 20 and len(noise.unique()) == noise.numel()
     assert [len(x) for x in real] == [20] * 4 * 7  # each D step real then fake; G's fake
@@ -342,7 +348,15 @@ def test_one_seed_repeats_and_two_differ(data_dir, finished, tmp_path):
     assert not same(other["checkpoint"]["generator"], result(finished)["checkpoint"]["generator"])
 
 
-def test_losses_in_bf16_stay_near_float32(data_dir, tmp_path):
+def test_losses_in_bf16_stay_near_float32(data_dir, tmp_path, monkeypatch):
+    for name in ("discriminator_loss", "generator_loss"):
+        loss = getattr(gan, name)
+
+        def checked(*arguments, loss=loss):
+            assert arguments[0].dtype == torch.float32  # only the networks are in bfloat16
+            return loss(*arguments)
+
+        monkeypatch.setattr(gan, name, checked)
     runs = [train(data_dir, tmp_path / f"run{flag}", "--epochs", "3", "--lr", "0.001", flag) for flag in ("--bf16", "--no-bf16")]
     bf16, float32 = ([row[1:] for row in result(out)["checkpoint"]["metrics"]] for out in runs)
     assert not same(bf16, float32)
@@ -411,9 +425,10 @@ def test_stopped_says_how_to_go_on(data_dir, tmp_path, number, status):
 
 
 def test_resume_keeps_what_was_not_said_and_takes_what_was(data_dir, tmp_path):
-    out = train(data_dir, tmp_path / "run", "--epochs", "1", "--lr", "0.001")
+    out = train(data_dir, tmp_path / "run", "--epochs", "1", "--lr", "0.001", "--d-steps", "2", "--saturating")
     assert run("--resume", out / "checkpoint.pt", "--epochs", "2") == 0
     state = gan.load_checkpoint(out / "checkpoint.pt")
+    assert (state["args"]["d_steps"], state["args"]["saturating"]) == (2, True) and state["metrics"][1][2] < 0
     assert state["epoch"] == 2 and state["args"]["lr"] == state["optimizer_g"]["param_groups"][0]["lr"] == 0.001
     assert run("--resume", out / "checkpoint.pt", "--epochs", "3", "--lr", "0.5") == 0
     state = gan.load_checkpoint(out / "checkpoint.pt")
@@ -454,6 +469,9 @@ def test_samples_are_single_images_at_28_pixels(data_dir, finished, tmp_path):
     assert run("--sample", finished / "checkpoint.pt", "--num-samples", "70", "--out-dir", out) == 0
     assert run("--sample", finished / "checkpoint.pt", "--num-samples", "3", "--seed", "9", "--out-dir", out) == 0
     assert sorted(p.name for p in out.iterdir()) == ["generated", "generated-2", "generated-2.png", "generated.png"]
+    shutil.move(out / "generated-2", tmp_path / "moved")
+    assert run("--sample", finished / "checkpoint.pt", "--num-samples", "3", "--out-dir", out) == 0
+    assert (out / "generated-3").exists()  # and the grid of the second stays
     files = sorted((out / "generated").iterdir())
     assert [file.name for file in files] == [f"{n:05d}.png" for n in range(70)]
     images = [np.asarray(Image.open(file)) for file in files]
@@ -461,7 +479,7 @@ def test_samples_are_single_images_at_28_pixels(data_dir, finished, tmp_path):
     z = torch.randn(70, 5, generator=torch.Generator().manual_seed(0))
     expected = (gan.generate(averaged_generator(finished), z)[:, 0].numpy() + 1) * 127.5
     np.testing.assert_allclose(np.stack(images), expected, atol=0.51)
-    assert not np.array_equal(images[0], np.asarray(Image.open(out / "generated-2" / "00000.png")))
+    assert not np.array_equal(images[0], np.asarray(Image.open(tmp_path / "moved" / "00000.png")))
 
 
 def test_walks_are_spherical(finished, tmp_path):
@@ -533,7 +551,7 @@ def test_bad_checkpoints_are_refused(finished, tmp_path, monkeypatch, capsys):
     [(f"{flag} {value}", flag) for flag in ("--epochs", "--batch-size", "--width", "--latent-dim", "--num-samples") for value in ("0", "-1", "1e400", "two")]
     + [(f"--lr {value}", "--lr") for value in ("0", "-1", "nan", "inf", "1e400", "fast")]
     + [("--seed -1", "--seed"), ("--seed 1e400", "--seed"), ("--interpolate 3", "--sample"), ("--interpolate 0", "--interpolate")]
-    + [("--d-steps 0", "--d-steps"), ("--d-steps 5", "256 images"), ("--dataset cifar10", "--dataset"), ("--batch-size 257", "257"), ("--width 999999999", "memory")]
+    + [("--d-steps 0", "--d-steps"), ("--batch-size 1", "--batch-size"), ("--d-steps 5", "256 images"), ("--dataset cifar10", "--dataset"), ("--batch-size 257", "257"), ("--width 999999999", "memory")]
     + [("--out-dir file", "file"), ("--out-dir file/below", "file/below"), ("--out-dir /proc/nowhere", "/proc/nowhere")],
 )
 def test_bad_flags_are_refused_in_one_line(flags, word, data_dir, tmp_path, monkeypatch, capsys):
