@@ -48,11 +48,6 @@ def finished(data_dir, tmp_path_factory):
     return train(data_dir, tmp_path_factory.mktemp("finished") / "run", "--epochs", "3")
 
 
-def channels_last(part):
-    """As in the script: dropout follows the order in memory."""
-    return part.to(memory_format=torch.channels_last)
-
-
 def pair(seed=0, size=32):
     """Source and target of a synthetic pair, each (1, 3, size, size)."""
     return pix2pix.split_pairs(pix2pix.resize(pix2pix.synthetic_facades(1, seed)[0], [size, size])[None], "BtoA")
@@ -234,8 +229,8 @@ def test_first_step_is_the_papers(data_dir, tmp_path):
     args = pix2pix.parse_args(["--dataset", "folder", "--data-dir", str(data_dir), "--image-size", "32"])
     pairs = pix2pix.load_pairs(args, "train", torch.device("cpu"))
     torch.manual_seed(0)
-    generator, discriminator = channels_last(pix2pix.Generator(32, 2, "batch")), pix2pix.Discriminator(2, "batch")
-    x, y = map(channels_last, (pix2pix.jitter(pairs[torch.randperm(8)], 32) / 127.5 - 1).unbind(1))
+    generator, discriminator = pix2pix.Generator(32, 2, "batch"), pix2pix.Discriminator(2, "batch")
+    x, y = (pix2pix.jitter(pairs[torch.randperm(8)], 32) / 127.5 - 1).unbind(1)
     fake = generator(x)
     d_real, d_fake = torch.sigmoid(discriminator(x, y)), torch.sigmoid(discriminator(x, fake))
     loss_d = -(torch.log(d_real).mean() + torch.log(1 - d_fake).mean()) / 2
@@ -261,8 +256,8 @@ def test_generator_descends_the_weighted_sum(l1, gan, data_dir, tmp_path, monkey
     args = pix2pix.parse_args(["--dataset", "folder", "--data-dir", str(data_dir), "--image-size", "32"])
     pairs = pix2pix.load_pairs(args, "train", torch.device("cpu"))
     torch.manual_seed(0)
-    generator, discriminator = channels_last(pix2pix.Generator(32, 2, "batch")), pix2pix.Discriminator(2, "batch")
-    x, y = map(channels_last, (pix2pix.jitter(pairs[torch.randperm(8)], 32) / 127.5 - 1).unbind(1))
+    generator, discriminator = pix2pix.Generator(32, 2, "batch"), pix2pix.Discriminator(2, "batch")
+    x, y = (pix2pix.jitter(pairs[torch.randperm(8)], 32) / 127.5 - 1).unbind(1)
     fake = generator(x)
     loss = l1 * (fake - y).abs().mean() - gan * torch.log(torch.sigmoid(discriminator(x, fake))).mean()
     for got, expected in zip(grads[-1], torch.autograd.grad(loss, list(generator.parameters()))):
@@ -391,7 +386,7 @@ def test_grid_is_of_the_same_held_out_pairs_every_epoch(finished, data_dir):
     assert grids[0].shape == (2 * 34 + 2, 6 * 34 + 2, 3)
     cell = lambda grid, n: grid[2 + 34 * (n // 6) : 34 + 34 * (n // 6), 2 + 34 * (n % 6) : 34 + 34 * (n % 6)].astype(int)
     files = pix2pix.PairFiles(pix2pix.find_pairs(data_dir, "val"), 32)
-    generator = channels_last(pix2pix.Generator(32, 2, "batch"))
+    generator = pix2pix.Generator(32, 2, "batch")
     generator.load_state_dict(pix2pix.load_checkpoint(finished / "checkpoint.pt")["generator"])
     for n in range(3):
         for grid in grids:
@@ -526,7 +521,7 @@ def test_held_out_pairs_are_translated_as_in_training(data_dir, finished, tmp_pa
     files = sorted((out / "generated").iterdir())
     assert [file.name for file in files] == ["00000.png", "00001.png", "00002.png"]
     assert [file.read_bytes() for file in sorted((out / "generated-2").iterdir())] == [file.read_bytes() for file in files[:2]]
-    generator = channels_last(pix2pix.Generator(32, 2, "batch"))  # in training mode: dropout on
+    generator = pix2pix.Generator(32, 2, "batch")  # in training mode: dropout on
     generator.load_state_dict(pix2pix.load_checkpoint(finished / "checkpoint.pt")["generator"])
     pairs = pix2pix.PairFiles(pix2pix.find_pairs(data_dir, "val"), 32)
     for pair, file in zip(pairs, files):
