@@ -191,7 +191,8 @@ class ImageFiles(Dataset):
 
 def load_folder(folder, size, channels, device):
     """All images below `folder`, as in load_images. Decodes each once, and names and leaves out what is no image."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33
     if device.type == "cuda":
         memory = torch.cuda.mem_get_info(device)[0]

@@ -13,10 +13,16 @@ of which every tenth is held out.
 Writes to runs/pix2pix: checkpoint.pt, metrics.csv, and samples/epoch_0001.png, ..., rows of source, output and target,
 twice, for the same held-out pairs after every epoch.
 
-MEASURED
+PIXMEASURED
 
 Differences from the paper:
-TODO
+1. Inference repeats the statistics of one image at a time and the same dropout for each, drawn from --seed: an output
+   depends on its source and the seed alone. --deterministic leaves dropout out.
+2. The U-Net has a level for each halving of --image-size, at most 8; at 256 it is the paper's. A bottleneck of
+   1x1 has no norm, which would leave nothing of it, as in the authors' code.
+3. D halves an image three times whatever its size, so at 64 pixels one of its patches is the whole of it.
+4. The rate is constant, as in section 6.2; --decay-epochs is what the authors' later PyTorch code does by default.
+5. Images are resized to a square, and in two folders paired by name: as in the authors' code, not in the paper.
 """
 
 import argparse
@@ -51,6 +57,7 @@ ARCHIVES = ("facades", "maps")  # the authors', with train/, val/ and, facades, 
 URL = "http://efrosgans.eecs.berkeley.edu/pix2pix/datasets/{}.tar.gz"
 NETWORK = ("dataset", "direction", "image_size", "norm", "width")  # what a checkpoint fixes
 METRICS = ("loss_d", "loss_g_gan", "loss_g_l1", "val_l1", "val_psnr")  # L1 of images in [-1, 1], PSNR in dB
+WRITTEN = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")  # others become PNG
 MEMORY_SHARE = 0.25  # pairs that would fill more of the device's memory than this stream from the disk
 WORKERS = min(8, torch.get_num_threads())  # that decode images
 TERMINAL = sys.stdout is not None and sys.stdout.isatty()  # else no progress is shown within an epoch
@@ -157,9 +164,8 @@ def load_pairs(args, split, device):
     pairs = torch.empty(len(files) if fits else 0, 2, 3, size, size, dtype=torch.uint8)
     for n, pair in enumerate(DataLoader(files, batch_size=None, num_workers=WORKERS)):
         if TERMINAL:
-            print(f"\rdecoding {n + 1:,} of {len(files):,} pairs", end="\n" * (n + 1 == len(files)), flush=True)
-        if isinstance(pair, str):
-            raise ValueError(pair)
+            print(f"\rdecoding {n + 1:,} of {len(files):,} pairs", end="\n" if n + 1 == len(files) else "", flush=True)
+        pair = whole(pair)
         if fits:
             pairs[n] = pair
     return pairs.to(device) if fits else files
@@ -177,9 +183,11 @@ def download(name, folder):
 
 
 def find_images(folder):
-    """The image files below `folder`, by their suffixes, in order; names what it leaves out."""
+    """The image files below `folder`, by their suffixes, in order; names what it leaves out, but not hidden files."""
     images, suffixes = [], Image.registered_extensions()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
         if path.suffix.lower() in suffixes:
             images.append(path)
         else:
@@ -189,18 +197,23 @@ def find_images(folder):
 
 def find_pairs(folder, split):
     """The files of a split: [(path,), ...] of side-by-side pairs, or [(path in A, path in B), ...]."""
-    if (folder / "A").is_dir() and (folder / "B").is_dir():
-        names = [{path.relative_to(folder / side) for path in find_images(folder / side)} for side in "AB"]
-        for name in sorted(names[0] ^ names[1]):
-            side, other = "AB" if name in names[0] else "BA"
-            raise ValueError(f"{folder / side / name} has no partner: {folder / other / name} is missing")
-        both = [(folder / "A" / name, folder / "B" / name) for name in sorted(names[0])]
-        held_out = both[9::10] or both[-1:]
-        pairs = held_out if split == "val" else [pair for pair in both if pair not in held_out]
-    else:
-        if split == "val" and not (folder / "val").is_dir():
-            split = "test"
+    sides = [folder / "A", folder / "B"]
+    apart = all(side.is_dir() for side in sides)
+    if split == "val" and not ((sides[0] if apart else folder) / "val").is_dir():
+        split = "test"
+    if not apart:
         pairs = [(path,) for path in find_images(folder / split)]
+    else:
+        parted = (sides[0] / "train").is_dir()
+        sides = [side / split if parted else side for side in sides]
+        names = [{path.relative_to(side) for path in find_images(side)} for side in sides]
+        for name in sorted(names[0] ^ names[1]):
+            there, missing = sides if name in names[0] else sides[::-1]
+            raise ValueError(f"{there / name} has no partner: {missing / name} is missing")
+        pairs = [tuple(side / name for side in sides) for name in sorted(names[0])]
+        if not parted:
+            held_out = pairs[9::10] or pairs[-1:]
+            pairs = sorted({*pairs} - {*held_out}) if split == "train" else held_out
     if not pairs:
         raise OSError(f"no {split} pairs in {folder}: it needs train/ and val/ or test/, or A/ and B/ with two pairs")
     return pairs
@@ -229,6 +242,12 @@ class PairFiles(Dataset):
             return torch.stack([to_network_size(image, self.size) for image in images])
         except Exception as error:  # Pillow's decoders raise many kinds
             return f"{self.pairs[i][0]}: {error}"
+
+
+def whole(pair):
+    if isinstance(pair, str):
+        raise ValueError(pair)
+    return pair
 
 
 def open_image(path):
@@ -291,7 +310,8 @@ def batches(pairs, args, device):
         parts = (pairs.index_select(0, index) for index in order.to(device))
     else:  # a generator of its own, or DataLoader would draw from the one that training draws from
         options = dict(num_workers=WORKERS, pin_memory=device.type == "cuda", generator=torch.Generator())
-        parts = DataLoader(pairs, batch_sampler=order.tolist(), **options)
+        parts = DataLoader(pairs, batch_sampler=order.tolist(), collate_fn=list, **options)
+        parts = (torch.stack([whole(pair) for pair in part]) for part in parts)
     for part in parts:
         part = part.to(device, non_blocking=True)
         yield split_pairs(jitter(part, args.image_size) if args.jitter else part, args.direction)
@@ -321,7 +341,7 @@ def memory_format(device):
 
 
 def normalization(norm, channels):
-    """Always by the statistics of what goes through, in eval mode too: section 3.4."""
+    """Always by the statistics of what goes through, in eval mode too: section 3.3."""
     if norm == "instance":
         return nn.InstanceNorm2d(channels, affine=True)
     return nn.BatchNorm2d(channels, track_running_stats=False)
@@ -336,10 +356,10 @@ class Generator(nn.Module):
         channels = [width * min(2**i, 8) for i in range(levels)]
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         for i, c in enumerate(channels):  # (B, channels[i-1], h, h) to (B, c, h/2, h/2)
-            first, last = i == 0, i == levels - 1
-            level = [] if first else [nn.LeakyReLU(0.2)]
-            level += [nn.Conv2d(3 if first else channels[i - 1], c, 4, 2, 1, bias=first or last)]
-            level += [] if first or last else [normalization(norm, c)]  # one pixel less its mean would be 0
+            normed = i > 0 and image_size >> (i + 1) > 1  # a single pixel less its mean would be 0
+            level = [nn.LeakyReLU(0.2)] if i > 0 else []
+            level += [nn.Conv2d(channels[i - 1] if i > 0 else 3, c, 4, 2, 1, bias=not normed)]
+            level += [normalization(norm, c)] if normed else []
             self.encoder.append(nn.Sequential(*level))
         for i in reversed(range(1, levels)):  # (B, channels[i] and the skip's, h, h) to (B, channels[i-1], 2h, 2h)
             skip = 1 if i == levels - 1 else 2
@@ -495,7 +515,7 @@ def train(args):
 def translate(generator, source, seed):
     """G(source) for one source (1, 3, H, W), its dropout drawn from `seed` and not from the training's generator.
 
-    Alone, and so by its own statistics (section 3.4): no output depends on what other images there are."""
+    Alone, and so by its own statistics (section 3.3): no output depends on what other images there are."""
     with torch.random.fork_rng([source.device] if source.is_cuda else []):
         torch.manual_seed(seed)
         return generator(source).float()
@@ -505,9 +525,9 @@ def evaluate(generator, held_out, args, device):
     """Translates the held-out pairs: a grid of the first 8, (24, 3, H, W), their mean L1 and their mean PSNR in dB."""
     grid, sums = [], torch.zeros(2, device=device)
     for n in range(len(held_out)):
-        source, target = split_pairs(held_out[n][None].to(device), args.direction)
+        source, target = split_pairs(whole(held_out[n])[None].to(device), args.direction)
         output = translate(generator, source, args.seed)
-        psnr = 10 * torch.log10(4 / F.mse_loss(output, target))  # 2 squared, the range of values
+        psnr = 10 * torch.log10(4 / F.mse_loss(output, target).clamp(min=1e-10))  # 2 squared, the range of values
         sums += torch.stack([F.l1_loss(output, target), psnr])
         grid += [source, output, target] if n < 8 else []
     return torch.cat(grid), *(sums / len(held_out)).tolist()
@@ -525,7 +545,9 @@ def sample(args):
         pairs = load_pairs(args, "val", device)
         names = [f"{n:05d}.png" for n in range(len(pairs))]
     folder, grid, count = None, [], 0
-    for n, name in enumerate(names[: args.num_samples]):
+    for n, name in enumerate(names):
+        if count == args.num_samples:
+            break
         if args.input:
             try:
                 images = [to_floats(to_network_size(open_image(paths[n]), args.image_size)[None].to(device))]
@@ -533,11 +555,12 @@ def sample(args):
                 print(f"skipped {paths[n]}: {error}", file=sys.stderr)
                 continue
         else:
-            images = list(split_pairs(pairs[n][None].to(device), args.direction))
-        images.insert(1, translate(generator, images[0], args.seed))  # source, output and, where there is one, target
+            images = list(split_pairs(whole(pairs[n])[None].to(device), args.direction))
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            images.insert(1, translate(generator, images[0], args.seed))  # source, output, and target if there is one
         folder, count = folder or first_free(args.out_dir / "generated"), count + 1
         path = folder / name
-        if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:  # read, but never written
+        if path.suffix.lower() not in WRITTEN:
             path = folder / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         to_pil_image(images[1][0].add(1).mul(127.5).round().byte().cpu()).save(path, quality=95)

@@ -484,7 +484,8 @@ def album(tmp_path):
     data = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8)).save(data, "jpeg")
     (folder / "torn.jpg").write_bytes(data.getvalue()[: len(data.getvalue()) // 2])
-    (folder / ".hidden").write_text("not even named")
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "notes.txt").write_text("not even named")
     return folder, expected, {"notes.txt", "empty.png", "torn.jpg"}
 
 

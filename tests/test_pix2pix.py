@@ -313,6 +313,18 @@ def test_no_held_out_image_is_trained_on(data_dir, tmp_path, monkeypatch):
     assert [path.parent.name for (path,) in pix2pix.find_pairs(tmp_path / "data", "val")] == ["test"] * 2
 
 
+def test_two_folders_with_splits_of_their_own_keep_them(tmp_path):
+    for side in "AB":
+        for split, count in (("train", 12), ("test", 3)):
+            (tmp_path / side / split).mkdir(parents=True)
+            for n in range(count):
+                Image.new("RGB", (8, 8)).save(tmp_path / side / split / f"{n}.png")
+    for split, folder, count in (("train", "train", 12), ("val", "test", 3)):
+        pairs = pix2pix.find_pairs(tmp_path, split)
+        assert len(pairs) == count and {path.parent.name for pair in pairs for path in pair} == {folder}
+        assert all((a.parent.parent.name, b.parent.parent.name, a.name) == ("A", "B", b.name) for a, b in pairs)
+
+
 def test_two_folders_are_paired_by_name_and_every_tenth_is_held_out(tmp_path):
     for side in "AB":
         (tmp_path / side / "deep").mkdir(parents=True)
@@ -359,13 +371,23 @@ def test_rate_is_constant_then_falls_over_the_last_epochs(data_dir, tmp_path, mo
 
 
 def test_held_out_metrics_are_l1_and_psnr(monkeypatch):
-    """Of outputs that are off by a known amount: 0.5 everywhere, then 1 everywhere."""
-    pairs, seen = torch.full((2, 2, 3, 32, 32), 255, dtype=torch.uint8), []
-    monkeypatch.setattr(pix2pix, "translate", lambda generator, source, seed: seen.append(source) or source - 0.5 * len(seen))
+    """Of outputs that are off by a known amount: 1 in the lower half, then 1 everywhere; then not at all."""
+    pairs, rows = torch.full((2, 2, 3, 32, 32), 255, dtype=torch.uint8), [16, 0]
+
+    def translate(generator, source, seed):
+        output, first = source.clone(), rows.pop(0)
+        output[:, :, first:] -= 1
+        return output
+
+    monkeypatch.setattr(pix2pix, "translate", translate)
     args = pix2pix.parse_args(["--image-size", "32"])
     grid, l1, psnr = pix2pix.evaluate(None, pairs, args, torch.device("cpu"))
-    assert l1 == pytest.approx(0.75) and psnr == pytest.approx((10 * np.log10(4 / 0.25) + 10 * np.log10(4)) / 2)
-    assert grid.shape == (6, 3, 32, 32) and grid[:, 0, 0, 0].tolist() == [1, 0.5, 1, 1, 0, 1]  # source, output, target
+    assert l1 == pytest.approx(0.75) and psnr == pytest.approx((10 * np.log10(4 / 0.5) + 10 * np.log10(4)) / 2)
+    assert grid.shape == (6, 3, 32, 32) and grid[:, 0, 31, 0].tolist() == [1, 0, 1, 1, 0, 1]  # source, output, target
+    rows += [32, 32]
+    assert pix2pix.evaluate(None, pairs, args, torch.device("cpu"))[1] == 0  # and a PSNR that is finite
+    rows += [32, 32]
+    assert np.isfinite(pix2pix.evaluate(None, pairs, args, torch.device("cpu"))[2])
 
 
 def test_evaluation_leaves_the_training_as_it_was_and_repeats(data_dir):
@@ -480,6 +502,11 @@ def test_stopped_says_how_to_go_on(data_dir, tmp_path, number, status):
     assert process.stderr.read().strip() == f"stopped; go on with --resume {tmp_path}/run/checkpoint.pt"
 
 
+def test_every_flag_of_a_run_is_in_its_checkpoint(finished):
+    not_of_a_run = {"cuda", "out_dir", "resume", "sample", "num_samples", "input", "deterministic", "checkpoint", "training"}
+    assert pix2pix.load_checkpoint(finished / "checkpoint.pt")["args"].keys() == vars(pix2pix.parse_args([])).keys() - not_of_a_run
+
+
 def test_resume_keeps_what_was_not_said_and_takes_what_was(data_dir, tmp_path):
     out = train(data_dir, tmp_path / "run", "--epochs", "1", "--lr", "0.001")
     assert run("--resume", out / "checkpoint.pt", "--epochs", "2") == 0
@@ -530,6 +557,14 @@ def test_held_out_pairs_are_translated_as_in_training(data_dir, finished, tmp_pa
     assert Image.open(out / "generated.png").size == (6 * 34 + 2, 2 * 34 + 2)
 
 
+def test_direction_holds_when_sampling(data_dir, tmp_path):
+    train(data_dir, tmp_path / "run", "--epochs", "1", "--direction", "BtoA")
+    assert run("--sample", tmp_path / "run" / "checkpoint.pt", "--num-samples", "1") == 0
+    grid = np.asarray(Image.open(tmp_path / "run" / "generated.png"))
+    for place, image in zip((2, 70), pix2pix.PairFiles(pix2pix.find_pairs(data_dir, "val"), 32)[0].flip(0)):
+        assert np.abs(grid[2:34, place : place + 32].astype(int) - image.permute(1, 2, 0).numpy()).max() <= 1
+
+
 def outputs(checkpoint, folder, out, *flags):
     assert run("--sample", checkpoint, "--input", folder, "--out-dir", out, *flags) == 0
     return {str(path.relative_to(out / "generated")): np.asarray(Image.open(path)).astype(int) for path in (out / "generated").rglob("*.*")}
@@ -548,19 +583,22 @@ def test_any_image_is_translated_under_its_name(finished, tmp_path, capsys):
     gray.save(folder / "photo.jpg", quality=95)
     turned = Image.Exif()
     turned[0x0112] = 8  # to be turned by 90 degrees counter-clockwise
-    gray.rotate(-90, expand=True).convert("RGB").save(folder / "turned.tif", exif=turned)
+    gray.rotate(-90, expand=True).save(folder / "turned.png", exif=turned)
+    Image.new("RGBA", (9, 9), (255, 0, 0, 0)).save(folder / "clear.png")  # transparent: white, not the red below it
+    Image.new("RGB", (9, 9), "white").save(folder / "white.gif")
     Image.new("RGB", (1, 1), (9, 8, 7)).save(folder / "dot.PNG")
     (folder / "notes.txt").write_text("no image")
     (folder / "empty.png").write_bytes(b"")
     images = outputs(finished / "checkpoint.pt", folder, tmp_path / "out")
-    assert sorted(images) == ["alpha.png", "deep/rgb.bmp", "dot.PNG", "gray.png", "palette.png", "photo.jpg", "sixteen.png", "turned.tif"]
+    assert sorted(images) == ["alpha.png", "clear.png", "deep/rgb.bmp", "dot.PNG", "gray.png", "palette.png", "photo.jpg", "sixteen.png", "turned.png", "white.gif.png"]
     assert all(image.shape == (32, 32, 3) for image in images.values())
-    for name in ("alpha.png", "deep/rgb.bmp", "palette.png", "sixteen.png", "turned.tif"):
+    for name in ("alpha.png", "deep/rgb.bmp", "palette.png", "sixteen.png", "turned.png"):
         assert np.array_equal(images[name], images["gray.png"]), name
-    assert not np.array_equal(images["dot.PNG"], images["gray.png"])
+    assert not np.array_equal(images["dot.PNG"], images["gray.png"]) and np.array_equal(images["clear.png"], images["white.gif.png"])
+    assert outputs(finished / "checkpoint.pt", folder, tmp_path / "few", "--num-samples", "5").keys() == set(sorted(images)[:5])
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 2 and "empty.png" in "".join(lines) and "notes.txt" in "".join(lines)
-    assert Image.open(tmp_path / "out" / "generated.png").size == (4 * 34 + 2, 4 * 34 + 2)  # source | output, twice
+    assert len(lines) == 4 and "empty.png" in "".join(lines) and "notes.txt" in "".join(lines)
+    assert Image.open(tmp_path / "out" / "generated.png").size == (4 * 34 + 2, 5 * 34 + 2)  # source | output, twice
 
 
 def test_an_output_does_not_depend_on_what_is_beside_it(finished, tmp_path):
@@ -593,6 +631,10 @@ def test_synthetic_facades_repeat_and_their_labels_are_cmps():
     assert torch.equal(pairs, pix2pix.synthetic_facades(6, 3)) and not torch.equal(pairs, pix2pix.synthetic_facades(6, 4))
     palette = {(0, 0, 222), (0, 48, 255), (0, 128, 255), (112, 255, 142), (0, 207, 255), (255, 80, 0), (192, 255, 63), (174, 0, 0)}
     colors = {tuple(color) for color in pairs[:, 1].permute(0, 2, 3, 1).flatten(0, 2).unique(dim=0).tolist()}
+    args = pix2pix.parse_args(["--dataset", "synthetic", "--image-size", "32", "--no-jitter"])
+    parts = [pix2pix.load_pairs(args, split, torch.device("cpu")) for split in ("train", "val")]
+    assert [part.shape for part in parts] == [(400, 2, 3, 32, 32), (100, 2, 3, 32, 32)]
+    assert not {pair.numpy().tobytes() for pair in parts[0]} & {pair.numpy().tobytes() for pair in parts[1]}
     assert {(0, 0, 222), (0, 48, 255), (0, 128, 255)} <= colors <= palette
     for photo, labels in pairs.float():  # what a label covers looks alike, next to the whole
         sky = photo[:, (labels == torch.tensor([0, 0, 222.0])[:, None, None]).all(0)]
@@ -606,6 +648,9 @@ def test_streamed_and_in_memory_are_the_same_pairs(data_dir, monkeypatch):
     monkeypatch.setattr(pix2pix, "MEMORY_SHARE", 0)
     streamed = pix2pix.load_pairs(args, "train", device)
     assert isinstance(in_memory, torch.Tensor) and isinstance(streamed, pix2pix.PairFiles)
+    gone = pix2pix.PairFiles([*streamed.pairs[:5], (data_dir / "gone.png",)], 36)
+    with pytest.raises(ValueError, match="gone.png"):
+        [*pix2pix.batches(gone, args, device)]
     torch.manual_seed(0)
     first = [*pix2pix.batches(in_memory, args, device)]
     rng = torch.get_rng_state()

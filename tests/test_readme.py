@@ -1,4 +1,4 @@
-"""Every command of the README, as it stands there, in a copy of the project with a tiny MNIST and a few photographs."""
+"""Every command of the README, as it stands there, in a copy of the project with a tiny MNIST, tiny facades and a few photographs."""
 
 import re
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_mnist
+from conftest import write_mnist, write_pairs
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +23,10 @@ def checkout(tmp_path_factory):
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*.txt")]:
         shutil.copy(path, folder)
     write_mnist(folder / "data", 128)  # one batch
+    for name in ("data/facades", "pairs"):
+        write_pairs(folder / name / "train", 2, 0)
+        write_pairs(folder / name / "val", 1, 1)
+    write_pairs(folder / "sketches", 2, 2)
     (folder / "photos").mkdir()
     random = np.random.default_rng(0)
     for n in range(128):
