@@ -13,7 +13,7 @@ of which every tenth is held out.
 Writes to runs/pix2pix: checkpoint.pt, metrics.csv, and samples/epoch_0001.png, ..., rows of source, output and target,
 twice, for the same held-out pairs after every epoch.
 
-Measured on facades, labels to photo, at 64x64 with --width 32 --epochs 20 --bf16 (torch 2.15, AMD EPYC with AVX-512 bf16):
+Measured on facades, labels to photo, at 64x64 with --width 32 --epochs 20 --bf16 (torch 2.15, AMD EPYC with AVX-512):
 held-out L1 0.339 and 13.3 dB; the labels that tests/benchmark.py's segmenter reads in the results are right at 79 % of
 the rate of real photos (L1 alone: 60 %). At 256x256 on two cores 2.20 images/s, and 1.11 of the plain way in the same
 process. Not yet run on a GPU.
