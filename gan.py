@@ -17,8 +17,8 @@ GPU.
 Differences from the paper, with the distance after ten epochs of seed 0 where it was measured:
 1. G is 100-256-512-1024-784 with BatchNorm, LeakyReLU and tanh, not ReLU and sigmoid; D is 784-1024-512-256-1 with
    LeakyReLU and dropout 0.3, not maxout. G without BatchNorm: 605 (231 with it; batches of 128, Adam at 2e-4).
-2. Adam at 4e-4 with beta1 0.5, not momentum, and batches of 64, not 100: 153
-   (2e-4: 167; batches of 128: 177; both: 231).
+2. Adam at 4e-4 with beta1 0.5, not momentum, and batches of 64, not 100: 153. At 2e-4 167, in batches of 128 177, both
+   231.
 3. What is drawn is a running average of G, which circles around what it approaches: 77 instead of 153.
 4. G descends -log D(G(z)), which the paper recommends, and not algorithm 1's log(1 - D(G(z))): --saturating.
 5. G steps on the images that D saw last, not on new ones, which saves a forward.

@@ -7,8 +7,8 @@ arXiv:1611.07004).
     python pix2pix.py --sample runs/pix2pix/checkpoint.pt            translate the held-out pairs
     python pix2pix.py --sample runs/pix2pix/checkpoint.pt --input sketches
 
-A folder of pairs holds train/ and val/ or test/, each file A and B side by side; or A/ and B/ with the same file names,
-of which every tenth is held out.
+A folder of pairs holds train/ and val/ or test/, each file A and B side by side; or A/ and B/ with the same file names.
+Where these have no train/ and val/ or test/ of their own, every tenth pair is held out.
 
 Writes to runs/pix2pix: checkpoint.pt, metrics.csv, and samples/epoch_0001.png, ..., rows of source, output and target,
 twice, for the same held-out pairs after every epoch.
@@ -177,7 +177,8 @@ def load_pairs(args, split, device):
 def download(name, folder):
     """Makes folder/name from the authors' archive, whole or not at all; a member that lies outside ends it."""
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"downloading {URL.format(name)} to {folder}", file=sys.stderr)
+    if TERMINAL:
+        print(f"downloading {URL.format(name)} to {folder}", flush=True)
     with tempfile.TemporaryDirectory(dir=folder) as part:
         with urllib.request.urlopen(URL.format(name), timeout=10) as response:  # seconds; a dead network would hang
             with tarfile.open(fileobj=response, mode="r|gz") as archive:
