@@ -12,11 +12,17 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def select_device(cuda):
-    """The GPU if `cuda` is set and there is one, else the CPU; says so on stderr where the wish cannot be met."""
+    """The GPU if `cuda` is set and there is one, else the CPU; says so on stderr where the wish cannot be met.
+
+    Under torchrun each process takes a GPU of its own; ValueError if there are too few."""
+    rank = int(os.environ.get("LOCAL_RANK", 0))
     if cuda and torch.cuda.is_available():
+        if rank >= torch.cuda.device_count():
+            raise ValueError(f"--cuda: {torch.cuda.device_count()} GPUs here, so --nproc-per-node is at most that")
+        torch.cuda.set_device(rank)
         torch.backends.cudnn.benchmark = True  # shapes never change, so the search for the fastest kernel pays
         return torch.device("cuda")
-    if cuda:
+    if cuda and rank == 0:
         print("warning: --cuda: PyTorch finds no CUDA GPU here, going on on the CPU", file=sys.stderr)
     return torch.device("cpu")
 

@@ -41,9 +41,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
@@ -56,6 +58,7 @@ NETWORK = ("dataset", "image_size", "channels", "latent_dim", "width")  # what a
 METRICS = ("loss_d", "loss_g", "d_real", "d_fake")  # the last two are mean D(x) and D(G(z)), probabilities
 MEMORY_SHARE = 0.25  # a folder that would fill more of the device's memory than this streams from the disk
 WORKERS = min(8, torch.get_num_threads())  # that decode images
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says, else one
 TERMINAL = sys.stdout is not None and sys.stdout.isatty()  # else no progress is shown within an epoch
 
 
@@ -72,11 +75,12 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("dcgan.py", argparse.SUPPRESS)  # no usage, which would go before every error
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=above(0), default=25, metavar="N", help="passes over the training set (%(default)s)")
-    add("--batch-size", type=above(0), default=128, metavar="N", help="images a step (%(default)s)")
+    add("--batch-size", type=above(0), default=128, metavar="N", help="images a step and process (%(default)s)")
     add("--lr", type=above(0, float, math.inf), default=2e-4, metavar="X", help="learning rate of Adam (%(default)s)")
     add("--seed", type=above(-1), default=0, metavar="N", help="one seed repeats a CPU run to the bit (%(default)s)")
-    add("--cuda", action="store_true", help="train on the GPU")
+    add("--cuda", action="store_true", help="train on the GPU; under torchrun, each process on its own")
     add("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16")
+    add("--compile", action="store_true", help="torch.compile the networks; on a GPU, with CUDA graphs")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=(*DIGITS, "cifar10", "folder"), help="left out: mnist, or synthetic without a network")
     add("--data-dir", default="data", metavar="DIR", help="where the data sets are; with folder, the images")
@@ -138,7 +142,8 @@ def load_images(args, device):
             reason = f"{name} is neither whole in {args.data_dir} nor to be downloaded ({' '.join(str(error).split())})"
             if args.dataset:
                 raise OSError(f"{reason}: put it there, or choose another --data-dir or --dataset") from error
-            print(f"warning: {reason}, training on synthetic digits", file=sys.stderr)
+            if RANK == 0:
+                print(f"warning: {reason}, training on synthetic digits", file=sys.stderr)
             args.dataset = "synthetic"
     if args.dataset == "synthetic":
         images = synthetic_digits(20_000, seed=0)
@@ -194,6 +199,7 @@ def load_folder(folder, size, channels, device):
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33
+    memory //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # which torchrun's processes on this machine share
     if device.type == "cuda":
         memory = torch.cuda.mem_get_info(device)[0]
     fits = len(paths) * channels * size**2 <= MEMORY_SHARE * memory
@@ -203,7 +209,8 @@ def load_folder(folder, size, channels, device):
         if TERMINAL:
             print(f"\rdecoding {n:,} of {len(paths):,} files", end="\n" if n == len(paths) else "", flush=True)
         if isinstance(image, str):
-            print(f"skipped {image}", file=sys.stderr)
+            if RANK == 0:
+                print(f"skipped {image}", file=sys.stderr)
             continue
         if fits:
             images[len(good)] = image
@@ -214,10 +221,15 @@ def load_folder(folder, size, channels, device):
 
 
 def batches(images, batch_size, device):
-    """One epoch in random order, the last partial batch dropped: floats (batch_size, C, H, W) in [-1, 1]."""
-    order = torch.randperm(len(images))[: len(images) // batch_size * batch_size].view(-1, batch_size)
+    """One epoch in random order, dealt out to the processes, the last partial batch dropped:
+    floats (batch_size, C, H, W) in [-1, 1]."""
+    order = torch.randperm(len(images)).to(device)
+    if RANKS > 1:
+        dist.broadcast(order, 0)
+    steps = len(images) // (batch_size * RANKS)
+    order = order[: steps * RANKS * batch_size].view(steps, RANKS, batch_size)[:, RANK]
     if isinstance(images, torch.Tensor):
-        parts = (images.index_select(0, index) for index in order.to(device))
+        parts = (images.index_select(0, index) for index in order)
     else:  # a generator of its own, or DataLoader would draw from the one that training draws from
         options = dict(num_workers=WORKERS, pin_memory=device.type == "cuda", generator=torch.Generator())
         parts = DataLoader(images, batch_sampler=order.tolist(), **options)
@@ -287,10 +299,24 @@ def generator_loss(fake_logits):
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
 
+def parallel(module):
+    """What averages the gradients of `module` over torchrun's processes; where there is one, `module` itself."""
+    if RANKS > 1:
+        module = DistributedDataParallel(module)
+        module.broadcast_buffers = False  # BatchNorm's, which a second forward before the backward would break
+    return module
+
+
 def train(args):
     device = select_device(args.cuda)
+    if RANKS > 1:  # torchrun ends them all when one ends, so that no time limit is needed
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    if RANK:
+        dist.barrier()  # the first process downloads, the others find the files
     images = load_images(args, device)
-    steps = len(images) // args.batch_size
+    if RANKS > 1 and RANK == 0:
+        dist.barrier()
+    steps = len(images) // (args.batch_size * RANKS)
     if steps == 0:
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(images):,} images of {args.dataset}")
 
@@ -302,6 +328,9 @@ def train(args):
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     fixed_noise = torch.randn(64, args.latent_dim, generator=torch.Generator().manual_seed(args.seed)).to(device)
+    for network in (generator, discriminator) if args.compile else ():  # random numbers as without it
+        network.compile(options={"fallback_random": True, "triton.cudagraphs": device.type == "cuda"})
+    ddp_g, ddp_d = parallel(generator), parallel(discriminator)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
     parts = dict(generator=generator, discriminator=discriminator, optimizer_g=optimizer_g, optimizer_d=optimizer_d)
@@ -314,21 +343,25 @@ def train(args):
         torch.set_rng_state(args.checkpoint["rng"])
         if device.type == "cuda" and args.checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(args.checkpoint["cuda_rng"], device)
-    args.out_dir = args.out_dir or first_free(Path("runs/dcgan"))
-    (args.out_dir / "samples").mkdir(parents=True, exist_ok=True)
+    if RANK == 0:
+        args.out_dir = args.out_dir or first_free(Path("runs/dcgan"))
+        (args.out_dir / "samples").mkdir(parents=True, exist_ok=True)
     size = f"{args.channels}x{args.image_size}x{args.image_size}"
     print(f"{args.dataset}: {len(images):,} images of {size}, on {device.type}, to {args.out_dir}", flush=True)
     if start >= args.epochs:
         print(f"epoch {start} is done: raise --epochs to go on")
 
     for epoch in range(start + 1, args.epochs + 1):
+        if RANK:  # noise of its own, and the same when resumed; the checkpoint holds the first process's state
+            torch.manual_seed(hash((args.seed, epoch, RANK)))
         totals = torch.zeros(len(METRICS), device=device)
         began = shown = time.perf_counter()
         for step, x in enumerate(batches(images, args.batch_size, device), 1):
+            torch.compiler.cudagraph_mark_step_begin()  # matters to --compile on a GPU alone
             # D: descend -log D(x) - log(1 - D(G(z))); real and fake apart, or BatchNorm would mix their statistics
             with autocast:
-                fake = generator(torch.randn(args.batch_size, args.latent_dim, device=device))
-                real_logits, fake_logits = discriminator(x).float(), discriminator(fake.detach()).float()
+                fake = ddp_g(torch.randn(args.batch_size, args.latent_dim, device=device))
+                real_logits, fake_logits = ddp_d(x).float(), ddp_d(fake.detach()).float()
             loss_d = discriminator_loss(real_logits, fake_logits)
             optimizer_d.zero_grad()
             loss_d.backward()
@@ -344,10 +377,12 @@ def train(args):
 
             with torch.no_grad():
                 totals += torch.stack([loss_d, loss_g, real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()])
+            if RANKS > 1 and step == steps:
+                dist.all_reduce(totals.div_(RANKS))
             if step == steps or TERMINAL and time.perf_counter() - shown > 0.5:
                 means = (totals / step).tolist()  # only here does the CPU wait for the GPU
                 shown = time.perf_counter()
-                rate = step * args.batch_size / (shown - began)
+                rate = step * args.batch_size * RANKS / (shown - began)
                 left = timedelta(seconds=round((shown - began) / step * ((args.epochs - epoch + 1) * steps - step)))
                 losses = "  ".join(f"{name} {mean:.3f}" for name, mean in zip(METRICS, means))
                 line = f"epoch {epoch}/{args.epochs}  {step}/{steps}  {losses}  {rate:,.0f} images/s  {left} left"
@@ -357,6 +392,8 @@ def train(args):
         weights = sum(p.detach().sum() for p in (*generator.parameters(), *discriminator.parameters()))
         if not all(map(math.isfinite, [*means, weights.item()])):
             raise ValueError(f"not finite in epoch {epoch}, {epoch - 1} is the last one saved: lower --lr")
+        if RANK:
+            continue
         seconds += shown - began
         rows.append([epoch, *means, rate, seconds])
         # The checkpoint comes last: a run killed before it does the whole epoch again, and these files with it.
@@ -370,6 +407,8 @@ def train(args):
         checkpoint["args"] = {name: getattr(args, name) for name in kept}
         save_checkpoint(checkpoint, args.out_dir / "checkpoint.pt")
         print(f"\r{line}" if TERMINAL else line, flush=True)
+    if RANKS > 1:
+        dist.destroy_process_group()
 
 
 @torch.no_grad()
@@ -458,19 +497,28 @@ def main():
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     args = parse_args()
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks and writes for all
+        if not args.training:
+            return
     try:
         sample(args) if args.sample else train(args)
     except KeyboardInterrupt as interrupt:
         path = args.out_dir and args.out_dir / "checkpoint.pt"
         more = args.training and path and path.exists()
-        print("\nstopped" + f"; go on with --resume {path}" * bool(more), file=sys.stderr)
+        if RANK == 0:
+            print("\nstopped" + f"; go on with --resume {path}" * bool(more), file=sys.stderr)
         sys.exit(128 + interrupt.args[0])
     except (OSError, ValueError) as error:
         sys.exit(f"dcgan.py: error: {error}")
     except RuntimeError as error:
-        if "allocate" not in str(error) and "overflow" not in str(error):
-            raise
-        sys.exit("dcgan.py: error: out of memory: lower --batch-size, --width, --image-size or --latent-dim")
+        if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            sys.exit(f"dcgan.py: error: --compile does not work here: {str(error).splitlines()[0]}")
+        if "allocate" in str(error) or "overflow" in str(error):
+            sys.exit("dcgan.py: error: out of memory: lower --batch-size, --width, --image-size or --latent-dim")
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            sys.exit("dcgan.py: error: another process died: go on with --resume and the last checkpoint")
+        raise
 
 
 if __name__ == "__main__":

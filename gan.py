@@ -42,9 +42,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
@@ -54,6 +56,7 @@ FORMAT = "gan 1"  # marks a checkpoint: one of another script, or of another ver
 DIGITS = ("mnist", "fashion-mnist", "synthetic")  # one channel, 28x28
 NETWORK = ("dataset", "latent_dim", "width")  # what a checkpoint fixes
 METRICS = ("loss_d", "loss_g", "d_real", "d_fake")  # of D its last step of k; the last two: mean D(x), D(G(z))
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says, else one
 TERMINAL = sys.stdout is not None and sys.stdout.isatty()  # else no progress is shown within an epoch
 
 
@@ -75,8 +78,9 @@ def parse_args(argv=None):
     add("--d-steps", type=above(0), default=1, metavar="K", help="steps of D for one of G (%(default)s)")
     add("--saturating", action=argparse.BooleanOptionalAction, default=False, help="G descends log(1 - D(G(z)))")
     add("--seed", type=above(-1), default=0, metavar="N", help="one seed repeats a CPU run to the bit (%(default)s)")
-    add("--cuda", action="store_true", help="train on the GPU")
+    add("--cuda", action="store_true", help="train on the GPU; under torchrun, each process on its own")
     add("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16")
+    add("--compile", action="store_true", help="torch.compile the networks; on a GPU, with CUDA graphs")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DIGITS, help="left out: mnist, or synthetic without a network")
     add("--data-dir", default="data", metavar="DIR", help="where the data sets are")
@@ -127,7 +131,8 @@ def load_images(args, device):
             reason = f"{name} is neither whole in {args.data_dir} nor to be downloaded ({' '.join(str(error).split())})"
             if args.dataset:
                 raise OSError(f"{reason}: put it there, or choose another --data-dir or --dataset") from error
-            print(f"warning: {reason}, training on synthetic digits", file=sys.stderr)
+            if RANK == 0:
+                print(f"warning: {reason}, training on synthetic digits", file=sys.stderr)
             args.dataset = "synthetic"
     if args.dataset == "synthetic":
         images = synthetic_digits(20_000, seed=0)
@@ -151,9 +156,14 @@ def synthetic_digits(count, seed):
 
 
 def batches(images, batch_size):
-    """One epoch in random order, the last partial batch dropped: floats (batch_size, 784) in [-1, 1]."""
-    order = torch.randperm(len(images))[: len(images) // batch_size * batch_size].view(-1, batch_size)
-    for index in order.to(images.device):
+    """One epoch in random order, dealt out to the processes, the last partial batch dropped:
+    floats (batch_size, 784) in [-1, 1]."""
+    order = torch.randperm(len(images)).to(images.device)
+    if RANKS > 1:
+        dist.broadcast(order, 0)
+    steps = len(images) // (batch_size * RANKS)
+    order = order[: steps * RANKS * batch_size].view(steps, RANKS, batch_size)[:, RANK]
+    for index in order:
         yield images.index_select(0, index).float().div_(127.5).sub_(1)
 
 
@@ -211,10 +221,24 @@ def update_average(averaged, generator, step):
             mean.lerp_(value, weight)
 
 
+def parallel(module):
+    """What averages the gradients of `module` over torchrun's processes; where there is one, `module` itself."""
+    if RANKS > 1:
+        module = DistributedDataParallel(module)
+        module.broadcast_buffers = False  # BatchNorm's, which a second forward before the backward would break
+    return module
+
+
 def train(args):
     device = select_device(args.cuda)
+    if RANKS > 1:  # torchrun ends them all when one ends, so that no time limit is needed
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    if RANK:
+        dist.barrier()  # the first process downloads, the others find the files
     images = load_images(args, device)
-    steps = len(images) // (args.batch_size * args.d_steps)  # of G, an epoch
+    if RANKS > 1 and RANK == 0:
+        dist.barrier()
+    steps = len(images) // (args.batch_size * RANKS * args.d_steps)  # of G, an epoch
     if steps == 0:
         batch = f"--batch-size {args.batch_size} times --d-steps {args.d_steps}"
         raise ValueError(f"{batch} is more than the {len(images):,} images of {args.dataset}")
@@ -226,6 +250,9 @@ def train(args):
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     fixed_noise = torch.randn(64, args.latent_dim, generator=torch.Generator().manual_seed(args.seed)).to(device)
+    for network in (generator, discriminator) if args.compile else ():  # random numbers as without it
+        network.compile(options={"fallback_random": True, "triton.cudagraphs": device.type == "cuda"})
+    ddp_g, ddp_d = parallel(generator), parallel(discriminator)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
     parts = dict(generator=generator, discriminator=discriminator, averaged=averaged)
@@ -239,22 +266,26 @@ def train(args):
         torch.set_rng_state(args.checkpoint["rng"])
         if device.type == "cuda" and args.checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(args.checkpoint["cuda_rng"], device)
-    args.out_dir = args.out_dir or first_free(Path("runs/gan"))
-    (args.out_dir / "samples").mkdir(parents=True, exist_ok=True)
+    if RANK == 0:
+        args.out_dir = args.out_dir or first_free(Path("runs/gan"))
+        (args.out_dir / "samples").mkdir(parents=True, exist_ok=True)
     print(f"{args.dataset}: {len(images):,} images of 1x28x28, on {device.type}, to {args.out_dir}", flush=True)
     if start >= args.epochs:
         print(f"epoch {start} is done: raise --epochs to go on")
 
     for epoch in range(start + 1, args.epochs + 1):
+        if RANK:  # noise of its own, and the same when resumed; the checkpoint holds the first process's state
+            torch.manual_seed(hash((args.seed, epoch, RANK)))
         totals = torch.zeros(len(METRICS), device=device)
         began = shown = time.perf_counter()
         data = batches(images, args.batch_size)
         for step in range(1, steps + 1):
+            torch.compiler.cudagraph_mark_step_begin()  # matters to --compile on a GPU alone
             # Algorithm 1. k steps of D: descend -log D(x) - log(1 - D(G(z))), each on data and noise of its own
             for x in itertools.islice(data, args.d_steps):
                 with autocast:
-                    fake = generator(torch.randn(args.batch_size, args.latent_dim, device=device))
-                    real_logits, fake_logits = discriminator(x).float(), discriminator(fake.detach()).float()
+                    fake = ddp_g(torch.randn(args.batch_size, args.latent_dim, device=device))
+                    real_logits, fake_logits = ddp_d(x).float(), ddp_d(fake.detach()).float()
                 loss_d = discriminator_loss(real_logits, fake_logits)
                 optimizer_d.zero_grad()
                 loss_d.backward()
@@ -271,10 +302,12 @@ def train(args):
 
             with torch.no_grad():
                 totals += torch.stack([loss_d, loss_g, real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()])
+            if RANKS > 1 and step == steps:
+                dist.all_reduce(totals.div_(RANKS))
             if step == steps or TERMINAL and time.perf_counter() - shown > 0.5:
                 means = (totals / step).tolist()  # only here does the CPU wait for the GPU
                 shown = time.perf_counter()
-                rate = step * args.batch_size * args.d_steps / (shown - began)
+                rate = step * args.batch_size * RANKS * args.d_steps / (shown - began)
                 left = timedelta(seconds=round((shown - began) / step * ((args.epochs - epoch + 1) * steps - step)))
                 losses = "  ".join(f"{name} {mean:.3f}" for name, mean in zip(METRICS, means))
                 line = f"epoch {epoch}/{args.epochs}  {step}/{steps}  {losses}  {rate:,.0f} images/s  {left} left"
@@ -284,6 +317,8 @@ def train(args):
         weights = sum(p.detach().sum() for p in (*generator.parameters(), *discriminator.parameters()))
         if not all(map(math.isfinite, [*means, weights.item()])):
             raise ValueError(f"not finite in epoch {epoch}, {epoch - 1} is the last one saved: lower --lr")
+        if RANK:
+            continue
         seconds += shown - began
         rows.append([epoch, *means, rate, seconds])
         # The checkpoint comes last: a run killed before it does the whole epoch again, and these files with it.
@@ -297,6 +332,8 @@ def train(args):
         checkpoint["args"] = {name: getattr(args, name) for name in kept}
         save_checkpoint(checkpoint, args.out_dir / "checkpoint.pt")
         print(f"\r{line}" if TERMINAL else line, flush=True)
+    if RANKS > 1:
+        dist.destroy_process_group()
 
 
 @torch.no_grad()
@@ -383,19 +420,28 @@ def main():
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     args = parse_args()
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks and writes for all
+        if not args.training:
+            return
     try:
         sample(args) if args.sample else train(args)
     except KeyboardInterrupt as interrupt:
         path = args.out_dir and args.out_dir / "checkpoint.pt"
         more = args.training and path and path.exists()
-        print("\nstopped" + f"; go on with --resume {path}" * bool(more), file=sys.stderr)
+        if RANK == 0:
+            print("\nstopped" + f"; go on with --resume {path}" * bool(more), file=sys.stderr)
         sys.exit(128 + interrupt.args[0])
     except (OSError, ValueError) as error:
         sys.exit(f"gan.py: error: {error}")
     except RuntimeError as error:
-        if "allocate" not in str(error) and "overflow" not in str(error):
-            raise
-        sys.exit("gan.py: error: out of memory: lower --batch-size, --width or --latent-dim")
+        if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            sys.exit(f"gan.py: error: --compile does not work here: {str(error).splitlines()[0]}")
+        if "allocate" in str(error) or "overflow" in str(error):
+            sys.exit("gan.py: error: out of memory: lower --batch-size, --width or --latent-dim")
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            sys.exit("gan.py: error: another process died: go on with --resume and the last checkpoint")
+        raise
 
 
 if __name__ == "__main__":

@@ -47,9 +47,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 
@@ -63,6 +65,7 @@ METRICS = ("loss_d", "loss_g_gan", "loss_g_l1", "val_l1", "val_psnr")  # L1 of i
 WRITTEN = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")  # others become PNG
 MEMORY_SHARE = 0.25  # pairs that would fill more of the device's memory than this stream from the disk
 WORKERS = min(8, torch.get_num_threads())  # that decode images
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says, else one
 TERMINAL = sys.stdout is not None and sys.stdout.isatty()  # else no progress is shown within an epoch
 
 
@@ -80,13 +83,14 @@ def parse_args(argv=None):
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=above(0), default=200, metavar="N", help="passes over the training set (%(default)s)")
     add("--decay-epochs", type=above(-1), default=0, metavar="N", help="of them, at the end, with --lr falling to 0")
-    add("--batch-size", type=above(0), default=1, metavar="N", help="pairs a step (%(default)s)")
+    add("--batch-size", type=above(0), default=1, metavar="N", help="pairs a step and process (%(default)s)")
     add("--lr", type=above(0, float, math.inf), default=2e-4, metavar="X", help="learning rate of Adam (%(default)s)")
     add("--l1-weight", type=above(-1, float, math.inf), default=100.0, metavar="X", help="of the L1 loss (%(default)s)")
     add("--gan-weight", type=above(-1, float, math.inf), default=1.0, metavar="X", help="0: no D at all (%(default)s)")
     add("--seed", type=above(-1), default=0, metavar="N", help="one seed repeats a CPU run to the bit (%(default)s)")
-    add("--cuda", action="store_true", help="train on the GPU")
+    add("--cuda", action="store_true", help="train on the GPU; under torchrun, each process on its own")
     add("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16")
+    add("--compile", action="store_true", help="torch.compile the networks; on a GPU, with CUDA graphs")
     add = parser.add_argument_group("data").add_argument
     datasets = (*ARCHIVES, "folder", "synthetic")
     add("--dataset", choices=datasets, help="left out: facades, or synthetic without a network")
@@ -153,7 +157,8 @@ def load_pairs(args, split, device):
             reason = f"{name} is neither in {args.data_dir} nor to be downloaded ({' '.join(str(error).split())})"
             if args.dataset:
                 raise OSError(f"{reason}: put it there, or choose another --data-dir or --dataset") from error
-            print(f"warning: {reason}, training on synthetic facades", file=sys.stderr)
+            if RANK == 0:
+                print(f"warning: {reason}, training on synthetic facades", file=sys.stderr)
             args.dataset = "synthetic"
     if args.dataset == "synthetic":
         pairs = synthetic_facades(*((400, 0) if split == "train" else (100, 1)))
@@ -161,6 +166,7 @@ def load_pairs(args, split, device):
 
     files = PairFiles(find_pairs(folder, split), size)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33
+    memory //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # which torchrun's processes on this machine share
     if device.type == "cuda":
         memory = torch.cuda.mem_get_info(device)[0]
     fits = len(files) * 6 * size**2 <= MEMORY_SHARE * memory
@@ -194,7 +200,7 @@ def find_images(folder):
             continue
         if path.suffix.lower() in suffixes:
             images.append(path)
-        else:
+        elif RANK == 0:
             print(f"skipped {path}: no image by its name", file=sys.stderr)
     return images
 
@@ -308,10 +314,15 @@ def synthetic_facades(count, seed):
 
 
 def batches(pairs, args, device):
-    """One epoch in random order, the last partial batch dropped: source and target as in split_pairs(), jittered."""
-    order = torch.randperm(len(pairs))[: len(pairs) // args.batch_size * args.batch_size].view(-1, args.batch_size)
+    """One epoch in random order, dealt out to the processes, the last partial batch dropped:
+    source and target as in split_pairs(), jittered."""
+    order = torch.randperm(len(pairs)).to(device)
+    if RANKS > 1:
+        dist.broadcast(order, 0)
+    steps = len(pairs) // (args.batch_size * RANKS)
+    order = order[: steps * RANKS * args.batch_size].view(steps, RANKS, args.batch_size)[:, RANK]
     if isinstance(pairs, torch.Tensor):
-        parts = (pairs.index_select(0, index) for index in order.to(device))
+        parts = (pairs.index_select(0, index) for index in order)
     else:  # a generator of its own, or DataLoader would draw from the one that training draws from
         options = dict(num_workers=WORKERS, pin_memory=device.type == "cuda", generator=torch.Generator())
         parts = DataLoader(pairs, batch_sampler=order.tolist(), collate_fn=list, **options)
@@ -421,10 +432,24 @@ def generator_loss(fake_logits):
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
 
+def parallel(module):
+    """What averages the gradients of `module` over torchrun's processes; where there is one, `module` itself."""
+    if RANKS > 1:
+        module = DistributedDataParallel(module)
+        module.broadcast_buffers = False  # BatchNorm's, which a second forward before the backward would break
+    return module
+
+
 def train(args):
     device = select_device(args.cuda)
+    if RANKS > 1:  # torchrun ends them all when one ends, so that no time limit is needed
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    if RANK:
+        dist.barrier()  # the first process downloads, the others find the files
     pairs, held_out = load_pairs(args, "train", device), load_pairs(args, "val", device)
-    steps = len(pairs) // args.batch_size
+    if RANKS > 1 and RANK == 0:
+        dist.barrier()
+    steps = len(pairs) // (args.batch_size * RANKS)
     if steps == 0:
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(pairs):,} pairs of {args.dataset}")
 
@@ -435,6 +460,9 @@ def train(args):
     discriminator.to(device, memory_format=memory_format(device))
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
+    for network in (generator, discriminator) if args.compile else ():  # random numbers as without it
+        network.compile(options={"fallback_random": True, "triton.cudagraphs": device.type == "cuda"})
+    ddp_g, ddp_d = parallel(generator), parallel(discriminator)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
     parts = dict(generator=generator, discriminator=discriminator, optimizer_g=optimizer_g, optimizer_d=optimizer_d)
@@ -446,8 +474,9 @@ def train(args):
         torch.set_rng_state(args.checkpoint["rng"])
         if device.type == "cuda" and args.checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(args.checkpoint["cuda_rng"], device)
-    args.out_dir = args.out_dir or first_free(Path("runs/pix2pix"))
-    (args.out_dir / "samples").mkdir(parents=True, exist_ok=True)
+    if RANK == 0:
+        args.out_dir = args.out_dir or first_free(Path("runs/pix2pix"))
+        (args.out_dir / "samples").mkdir(parents=True, exist_ok=True)
     size = f"3x{args.image_size}x{args.image_size}"
     print(f"{args.dataset} {args.direction}: {len(pairs):,} pairs of {size}, {len(held_out):,} held out, ", end="")
     print(f"on {device.type}, to {args.out_dir}", flush=True)
@@ -457,17 +486,20 @@ def train(args):
     for epoch in range(start + 1, args.epochs + 1):
         lr = args.lr * min(1, (args.epochs - epoch + 1) / (args.decay_epochs + 1))
         optimizer_g.param_groups[0]["lr"] = optimizer_d.param_groups[0]["lr"] = lr
+        if RANK:  # noise of its own, and the same when resumed; the checkpoint holds the first process's state
+            torch.manual_seed(hash((args.seed, epoch, RANK)))
         totals = torch.zeros(3, device=device)
         began = shown = time.perf_counter()
         for step, (source, target) in enumerate(batches(pairs, args, device), 1):
+            torch.compiler.cudagraph_mark_step_begin()  # matters to --compile on a GPU alone
             with autocast:
-                fake = generator(source)
+                fake = ddp_g(source)
             loss_d = loss_gan = torch.zeros((), device=device)
             if args.gan_weight:
                 # D: descend the halved -log D(x, y) - log(1 - D(x, G(x)))
                 with autocast:
-                    real_logits = discriminator(source, target).float()
-                    fake_logits = discriminator(source, fake.detach()).float()
+                    real_logits = ddp_d(source, target).float()
+                    fake_logits = ddp_d(source, fake.detach()).float()
                 loss_d = discriminator_loss(real_logits, fake_logits)
                 optimizer_d.zero_grad()
                 loss_d.backward()
@@ -483,10 +515,12 @@ def train(args):
             optimizer_g.step()
 
             totals += torch.stack([loss_d, loss_gan, loss_l1]).detach()
+            if RANKS > 1 and step == steps:
+                dist.all_reduce(totals.div_(RANKS))
             if step == steps or TERMINAL and time.perf_counter() - shown > 0.5:
                 means = (totals / step).tolist()  # only here does the CPU wait for the GPU
                 shown = time.perf_counter()
-                rate = step * args.batch_size / (shown - began)
+                rate = step * args.batch_size * RANKS / (shown - began)
                 left = timedelta(seconds=round((shown - began) / step * ((args.epochs - epoch + 1) * steps - step)))
                 if step == steps:
                     with autocast:
@@ -500,6 +534,8 @@ def train(args):
         weights = sum(p.detach().sum() for p in (*generator.parameters(), *discriminator.parameters()))
         if not all(map(math.isfinite, [*means, weights.item()])):
             raise ValueError(f"not finite in epoch {epoch}, {epoch - 1} is the last one saved: lower --lr")
+        if RANK:
+            continue
         seconds += shown - began
         rows.append([epoch, *means, rate, seconds])
         # The checkpoint comes last: a run killed before it does the whole epoch again, and these files with it.
@@ -513,6 +549,8 @@ def train(args):
         checkpoint["args"] = {name: getattr(args, name) for name in (*kept, "seed", "bf16", "data_dir")}
         save_checkpoint(checkpoint, args.out_dir / "checkpoint.pt")
         print(f"\r{line}" if TERMINAL else line, flush=True)
+    if RANKS > 1:
+        dist.destroy_process_group()
 
 
 @torch.no_grad()
@@ -527,14 +565,20 @@ def translate(generator, source, seed):
 
 def evaluate(generator, held_out, args, device):
     """Translates the held-out pairs: a grid of the first 8, (24, 3, H, W), their mean L1 and their mean PSNR in dB."""
-    grid, sums = [], torch.zeros(2, device=device)
-    for n in range(len(held_out)):
+    shown = min(len(held_out), 8)
+    grid = torch.zeros(3 * shown, 3, args.image_size, args.image_size, device=device)
+    sums = torch.zeros(2, device=device)
+    for n in range(RANK, len(held_out), RANKS):
         source, target = split_pairs(whole(held_out[n])[None].to(device), args.direction)
         output = translate(generator, source, args.seed)
         psnr = 10 * torch.log10(4 / F.mse_loss(output, target).clamp(min=1e-10))  # 2 squared, the range of values
         sums += torch.stack([F.l1_loss(output, target), psnr])
-        grid += [source, output, target] if n < 8 else []
-    return torch.cat(grid), *(sums / len(held_out)).tolist()
+        if n < shown:
+            grid[3 * n : 3 * n + 3] = torch.cat([source, output, target])
+    if RANKS > 1:
+        dist.all_reduce(grid)
+        dist.all_reduce(sums)
+    return grid, *(sums / len(held_out)).tolist()
 
 
 def sample(args):
@@ -618,19 +662,28 @@ def main():
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     args = parse_args()
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks and writes for all
+        if not args.training:
+            return
     try:
         sample(args) if args.sample else train(args)
     except KeyboardInterrupt as interrupt:
         path = args.out_dir and args.out_dir / "checkpoint.pt"
         more = args.training and path and path.exists()
-        print("\nstopped" + f"; go on with --resume {path}" * bool(more), file=sys.stderr)
+        if RANK == 0:
+            print("\nstopped" + f"; go on with --resume {path}" * bool(more), file=sys.stderr)
         sys.exit(128 + interrupt.args[0])
     except (OSError, ValueError) as error:
         sys.exit(f"pix2pix.py: error: {error}")
     except RuntimeError as error:
-        if "allocate" not in str(error) and "overflow" not in str(error):
-            raise
-        sys.exit("pix2pix.py: error: out of memory: lower --batch-size, --width or --image-size")
+        if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            sys.exit(f"pix2pix.py: error: --compile does not work here: {str(error).splitlines()[0]}")
+        if "allocate" in str(error) or "overflow" in str(error):
+            sys.exit("pix2pix.py: error: out of memory: lower --batch-size, --width or --image-size")
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            sys.exit("pix2pix.py: error: another process died: go on with --resume and the last checkpoint")
+        raise
 
 
 if __name__ == "__main__":

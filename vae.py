@@ -41,9 +41,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
@@ -52,6 +54,7 @@ from common import save_grid, select_device
 FORMAT = "vae 1"  # marks a checkpoint: one of another script, or of another version, is refused
 DIGITS = ("mnist", "fashion-mnist", "synthetic")  # one channel, 28x28
 NETWORK = ("dataset", "hidden_dim", "latent_dim", "autoencoder")  # what a checkpoint fixes
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says, else one
 TERMINAL = sys.stdout is not None and sys.stdout.isatty()  # else no progress is shown within an epoch
 
 
@@ -68,13 +71,14 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("vae.py", argparse.SUPPRESS)  # no usage, which would go before every error
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=above(0), default=10, metavar="N", help="passes over the training set (%(default)s)")
-    add("--batch-size", type=above(0), default=128, metavar="N", help="images a step (%(default)s)")
+    add("--batch-size", type=above(0), default=128, metavar="N", help="images a step and process (%(default)s)")
     add("--lr", type=above(0, float, math.inf), metavar="X", help="learning rate; left out: 5e-3 at its peak, or 1e-3")
     add("--constant-lr", action=argparse.BooleanOptionalAction, default=False, help="not one cycle up and down")
     add("--beta", type=above(0, float, math.inf), default=1.0, metavar="X", help="weight of the KL term (%(default)s)")
     add("--seed", type=above(-1), default=0, metavar="N", help="one seed repeats a CPU run to the bit (%(default)s)")
-    add("--cuda", action="store_true", help="train on the GPU")
+    add("--cuda", action="store_true", help="train on the GPU; under torchrun, each process on its own")
     add("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16")
+    add("--compile", action="store_true", help="torch.compile the networks; on a GPU, with CUDA graphs")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DIGITS, help="left out: mnist, or synthetic without a network")
     add("--data-dir", default="data", metavar="DIR", help="where the data sets are")
@@ -131,7 +135,8 @@ def load_images(args, device):
             reason = f"{name} is neither whole in {args.data_dir} nor to be downloaded ({' '.join(str(error).split())})"
             if args.dataset:
                 raise OSError(f"{reason}: put it there, or choose another --data-dir or --dataset") from error
-            print(f"warning: {reason}, training on synthetic digits", file=sys.stderr)
+            if RANK == 0:
+                print(f"warning: {reason}, training on synthetic digits", file=sys.stderr)
             args.dataset = "synthetic"
     if args.dataset == "synthetic":
         images = [synthetic_digits(20_000, seed=0), synthetic_digits(2_000, seed=1)]
@@ -155,9 +160,14 @@ def synthetic_digits(count, seed):
 
 
 def batches(images, batch_size):
-    """One epoch in random order, the last partial batch dropped: floats (batch_size, 784) in [0, 1]."""
-    order = torch.randperm(len(images))[: len(images) // batch_size * batch_size].view(-1, batch_size)
-    for index in order.to(images.device):
+    """One epoch in random order, dealt out to the processes, the last partial batch dropped:
+    floats (batch_size, 784) in [0, 1]."""
+    order = torch.randperm(len(images)).to(images.device)
+    if RANKS > 1:
+        dist.broadcast(order, 0)
+    steps = len(images) // (batch_size * RANKS)
+    order = order[: steps * RANKS * batch_size].view(steps, RANKS, batch_size)[:, RANK]
+    for index in order:
         yield images.index_select(0, index).float().div_(255)
 
 
@@ -209,20 +219,39 @@ def one_cycle(progress):
 @torch.no_grad()
 def evaluate(model, images, seed):
     """Means over images, uint8 (N, 784), in nats: the negative ELBO, with z sampled, and its two terms."""
-    random, sums = torch.Generator(images.device).manual_seed(seed), 0
-    for part in images.split(1000):
+    random = torch.Generator(images.device).manual_seed(seed)
+    sums = torch.zeros(3, dtype=torch.float64, device=images.device)
+    for n, part in enumerate(images.split(1000)):
+        epsilon = torch.randn(len(part), model.decoder[0].in_features, generator=random, device=images.device)
+        if n % RANKS != RANK:
+            continue
         x = part.float().div(255)
-        epsilon = torch.randn(len(x), model.decoder[0].in_features, generator=random, device=x.device)
         logits, mean, logvar = model(x, epsilon)
         reconstruction, kl = reconstruction_loss(logits, x), kl_divergence(mean, logvar)
         sums += len(x) * torch.stack([reconstruction + kl, reconstruction, kl]).double()
+    if RANKS > 1:
+        dist.all_reduce(sums)
     return (sums / len(images)).tolist()
+
+
+def parallel(module):
+    """What averages the gradients of `module` over torchrun's processes; where there is one, `module` itself."""
+    if RANKS > 1:
+        module = DistributedDataParallel(module)
+        module.broadcast_buffers = False  # BatchNorm's, which a second forward before the backward would break
+    return module
 
 
 def train(args):
     device = select_device(args.cuda)
+    if RANKS > 1:  # torchrun ends them all when one ends, so that no time limit is needed
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    if RANK:
+        dist.barrier()  # the first process downloads, the others find the files
     images, held_out = load_images(args, device)
-    steps = len(images) // args.batch_size
+    if RANKS > 1 and RANK == 0:
+        dist.barrier()
+    steps = len(images) // (args.batch_size * RANKS)
     if steps == 0:
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(images):,} images of {args.dataset}")
 
@@ -231,6 +260,9 @@ def train(args):
     peak = args.lr or (1e-3 if args.constant_lr else 5e-3)
     optimizer = torch.optim.Adam(model.parameters(), peak, fused=True)
     fixed_noise = torch.randn(64, args.latent_dim, generator=torch.Generator().manual_seed(args.seed)).to(device)
+    if args.compile:  # random numbers as without it
+        model.compile(options={"fallback_random": True, "triton.cudagraphs": device.type == "cuda"})
+    ddp = parallel(model)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     metrics = ("train_loss", "test_loss", "test_reconstruction", "test_kl")  # loss: the negative ELBO, nats an image
     if args.autoencoder:
@@ -245,22 +277,26 @@ def train(args):
         torch.set_rng_state(args.checkpoint["rng"])
         if device.type == "cuda" and args.checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(args.checkpoint["cuda_rng"], device)
-    args.out_dir = args.out_dir or first_free(Path("runs/vae"))
-    (args.out_dir / "reconstructions").mkdir(parents=True, exist_ok=True)
-    if not args.autoencoder:
-        (args.out_dir / "samples").mkdir(exist_ok=True)
+    if RANK == 0:
+        args.out_dir = args.out_dir or first_free(Path("runs/vae"))
+        (args.out_dir / "reconstructions").mkdir(parents=True, exist_ok=True)
+        if not args.autoencoder:
+            (args.out_dir / "samples").mkdir(exist_ok=True)
     print(f"{args.dataset}: {len(images):,} images of 1x28x28, on {device.type}, to {args.out_dir}", flush=True)
     if start >= args.epochs:
         print(f"epoch {start} is done: raise --epochs to go on")
 
     for epoch in range(start + 1, args.epochs + 1):
+        if RANK:  # noise of its own, and the same when resumed; the checkpoint holds the first process's state
+            torch.manual_seed(hash((args.seed, epoch, RANK)))
         totals = torch.zeros(3, device=device)
         began = shown = time.perf_counter()
         for step, x in enumerate(batches(images, args.batch_size), 1):
+            torch.compiler.cudagraph_mark_step_begin()  # matters to --compile on a GPU alone
             progress = ((epoch - 1) * steps + step - 1) / (args.epochs * steps)
             optimizer.param_groups[0]["lr"] = peak if args.constant_lr else peak * one_cycle(progress)
             with autocast:
-                logits, mean, logvar = model(x, torch.randn(args.batch_size, args.latent_dim, device=device))
+                logits, mean, logvar = ddp(x, torch.randn(args.batch_size, args.latent_dim, device=device))
             reconstruction, kl = reconstruction_loss(logits, x), kl_divergence(mean, logvar)
             loss = reconstruction + (0 if args.autoencoder else args.beta * kl)  # eq. 10, its sign changed
             optimizer.zero_grad()
@@ -268,10 +304,12 @@ def train(args):
             optimizer.step()
 
             totals += torch.stack([reconstruction + kl, reconstruction, kl]).detach()
+            if RANKS > 1 and step == steps:
+                dist.all_reduce(totals.div_(RANKS))
             if step == steps or TERMINAL and time.perf_counter() - shown > 0.5:
                 trained = (totals / step).tolist()  # only here does the CPU wait for the GPU
                 shown = time.perf_counter()
-                rate = step * args.batch_size / (shown - began)
+                rate = step * args.batch_size * RANKS / (shown - began)
                 left = timedelta(seconds=round((shown - began) / step * ((args.epochs - epoch + 1) * steps - step)))
                 tested = evaluate(model, held_out, args.seed) if step == steps else []
                 means = [trained[1], *tested[1:2]] if args.autoencoder else [trained[0], *tested]
@@ -282,6 +320,8 @@ def train(args):
                     print(f"\r{line[:width]:{width}}", end="", flush=True)
         if not all(map(math.isfinite, means)):  # the test loss sees every weight that was reached
             raise ValueError(f"not finite in epoch {epoch}, {epoch - 1} is the last one saved: lower --lr or --beta")
+        if RANK:
+            continue
         seconds += shown - began
         rows.append([epoch, *means, rate, seconds])
         # The checkpoint comes last: a run killed before it does the whole epoch again, and these files with it.
@@ -300,8 +340,11 @@ def train(args):
         checkpoint["args"] = {name: getattr(args, name) for name in kept}
         save_checkpoint(checkpoint, args.out_dir / "checkpoint.pt")
         print(f"\r{line}" if TERMINAL else line, flush=True)
+    if RANKS > 1:
+        dist.destroy_process_group()
 
-    if args.latent_dim == 2 and not args.autoencoder:  # figure 4: the unit square through the Gaussian's quantiles
+    if args.latent_dim == 2 and not args.autoencoder and RANK == 0:
+        # figure 4: the unit square through the Gaussian's quantiles
         quantiles = torch.special.ndtri((torch.arange(20) + 0.5) / 20)
         z = torch.cartesian_prod(-quantiles, quantiles).flip(1).to(device)  # z_2 upwards, z_1 to the right
         save_grid(decode(model, z), args.out_dir / "manifold.png", columns=20, value_range=(0, 1))
@@ -421,19 +464,28 @@ def main():
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     args = parse_args()
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks and writes for all
+        if not args.training:
+            return
     try:
         evaluate_checkpoint(args) if args.eval else sample(args) if args.sample else train(args)
     except KeyboardInterrupt as interrupt:
         path = args.out_dir and args.out_dir / "checkpoint.pt"
         more = args.training and path and path.exists()
-        print("\nstopped" + f"; go on with --resume {path}" * bool(more), file=sys.stderr)
+        if RANK == 0:
+            print("\nstopped" + f"; go on with --resume {path}" * bool(more), file=sys.stderr)
         sys.exit(128 + interrupt.args[0])
     except (OSError, ValueError) as error:
         sys.exit(f"vae.py: error: {error}")
     except RuntimeError as error:
-        if "allocate" not in str(error) and "overflow" not in str(error):
-            raise
-        sys.exit("vae.py: error: out of memory: lower --batch-size, --hidden-dim or --latent-dim")
+        if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            sys.exit(f"vae.py: error: --compile does not work here: {str(error).splitlines()[0]}")
+        if "allocate" in str(error) or "overflow" in str(error):
+            sys.exit("vae.py: error: out of memory: lower --batch-size, --hidden-dim or --latent-dim")
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            sys.exit("vae.py: error: another process died: go on with --resume and the last checkpoint")
+        raise
 
 
 if __name__ == "__main__":
