@@ -75,7 +75,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("dcgan.py", argparse.SUPPRESS)  # no usage, which would go before every error
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=above(0), default=25, metavar="N", help="passes over the training set (%(default)s)")
-    add("--batch-size", type=above(0), default=128, metavar="N", help="images a step and process (%(default)s)")
+    add("--batch-size", type=above(0), default=128, metavar="N", help="images a step, per process (%(default)s)")
     add("--lr", type=above(0, float, math.inf), default=2e-4, metavar="X", help="learning rate of Adam (%(default)s)")
     add("--seed", type=above(-1), default=0, metavar="N", help="one seed repeats a CPU run to the bit (%(default)s)")
     add("--cuda", action="store_true", help="train on the GPU; under torchrun, each process on its own")
@@ -357,7 +357,8 @@ def train(args):
         totals = torch.zeros(len(METRICS), device=device)
         began = shown = time.perf_counter()
         for step, x in enumerate(batches(images, args.batch_size, device), 1):
-            torch.compiler.cudagraph_mark_step_begin()  # matters to --compile on a GPU alone
+            if args.compile:  # the last step's CUDA graphs may be overwritten
+                torch.compiler.cudagraph_mark_step_begin()
             # D: descend -log D(x) - log(1 - D(G(z))); real and fake apart, or BatchNorm would mix their statistics
             with autocast:
                 fake = ddp_g(torch.randn(args.batch_size, args.latent_dim, device=device))
@@ -403,7 +404,7 @@ def train(args):
         checkpoint = {name: part.state_dict() for name, part in parts.items()}
         checkpoint |= dict(format=FORMAT, epoch=epoch, seconds=seconds, metrics=rows, rng=torch.get_rng_state())
         checkpoint["cuda_rng"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        kept = (*NETWORK, "epochs", "batch_size", "lr", "seed", "bf16", "data_dir")
+        kept = (*NETWORK, "epochs", "batch_size", "lr", "seed", "bf16", "compile", "data_dir")
         checkpoint["args"] = {name: getattr(args, name) for name in kept}
         save_checkpoint(checkpoint, args.out_dir / "checkpoint.pt")
         print(f"\r{line}" if TERMINAL else line, flush=True)

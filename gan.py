@@ -73,7 +73,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("gan.py", argparse.SUPPRESS)  # no usage, which would go before every error
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=above(0), default=100, metavar="N", help="passes over the training set (%(default)s)")
-    add("--batch-size", type=above(1), default=64, metavar="N", help="images a step, at least 2 (%(default)s)")
+    add("--batch-size", type=above(1), default=64, metavar="N", help="images a step, per process; above 1 (%(default)s)")
     add("--lr", type=above(0, float, math.inf), default=4e-4, metavar="X", help="learning rate of Adam (%(default)s)")
     add("--d-steps", type=above(0), default=1, metavar="K", help="steps of D for one of G (%(default)s)")
     add("--saturating", action=argparse.BooleanOptionalAction, default=False, help="G descends log(1 - D(G(z)))")
@@ -280,7 +280,8 @@ def train(args):
         began = shown = time.perf_counter()
         data = batches(images, args.batch_size)
         for step in range(1, steps + 1):
-            torch.compiler.cudagraph_mark_step_begin()  # matters to --compile on a GPU alone
+            if args.compile:  # the last step's CUDA graphs may be overwritten
+                torch.compiler.cudagraph_mark_step_begin()
             # Algorithm 1. k steps of D: descend -log D(x) - log(1 - D(G(z))), each on data and noise of its own
             for x in itertools.islice(data, args.d_steps):
                 with autocast:
@@ -328,7 +329,7 @@ def train(args):
         checkpoint = {name: part.state_dict() for name, part in parts.items()}
         checkpoint |= dict(format=FORMAT, epoch=epoch, seconds=seconds, metrics=rows, rng=torch.get_rng_state())
         checkpoint["cuda_rng"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        kept = (*NETWORK, "epochs", "batch_size", "lr", "d_steps", "saturating", "seed", "bf16", "data_dir")
+        kept = (*NETWORK, "epochs", "batch_size", "lr", "d_steps", "saturating", "seed", "bf16", "compile", "data_dir")
         checkpoint["args"] = {name: getattr(args, name) for name in kept}
         save_checkpoint(checkpoint, args.out_dir / "checkpoint.pt")
         print(f"\r{line}" if TERMINAL else line, flush=True)

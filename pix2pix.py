@@ -83,7 +83,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=above(0), default=200, metavar="N", help="passes over the training set (%(default)s)")
     add("--decay-epochs", type=above(-1), default=0, metavar="N", help="of them, at the end, with --lr falling to 0")
-    add("--batch-size", type=above(0), default=1, metavar="N", help="pairs a step and process (%(default)s)")
+    add("--batch-size", type=above(0), default=1, metavar="N", help="pairs a step, per process (%(default)s)")
     add("--lr", type=above(0, float, math.inf), default=2e-4, metavar="X", help="learning rate of Adam (%(default)s)")
     add("--l1-weight", type=above(-1, float, math.inf), default=100.0, metavar="X", help="of the L1 loss (%(default)s)")
     add("--gan-weight", type=above(-1, float, math.inf), default=1.0, metavar="X", help="0: no D at all (%(default)s)")
@@ -484,14 +484,15 @@ def train(args):
         print(f"epoch {start} is done: raise --epochs to go on")
 
     for epoch in range(start + 1, args.epochs + 1):
-        lr = args.lr * min(1, (args.epochs - epoch + 1) / (args.decay_epochs + 1))
-        optimizer_g.param_groups[0]["lr"] = optimizer_d.param_groups[0]["lr"] = lr
         if RANK:  # noise of its own, and the same when resumed; the checkpoint holds the first process's state
             torch.manual_seed(hash((args.seed, epoch, RANK)))
+        lr = args.lr * min(1, (args.epochs - epoch + 1) / (args.decay_epochs + 1))
+        optimizer_g.param_groups[0]["lr"] = optimizer_d.param_groups[0]["lr"] = lr
         totals = torch.zeros(3, device=device)
         began = shown = time.perf_counter()
         for step, (source, target) in enumerate(batches(pairs, args, device), 1):
-            torch.compiler.cudagraph_mark_step_begin()  # matters to --compile on a GPU alone
+            if args.compile:  # the last step's CUDA graphs may be overwritten
+                torch.compiler.cudagraph_mark_step_begin()
             with autocast:
                 fake = ddp_g(source)
             loss_d = loss_gan = torch.zeros((), device=device)
@@ -546,7 +547,7 @@ def train(args):
         checkpoint |= dict(format=FORMAT, epoch=epoch, seconds=seconds, metrics=rows, rng=torch.get_rng_state())
         checkpoint["cuda_rng"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         kept = (*NETWORK, "epochs", "decay_epochs", "batch_size", "lr", "l1_weight", "gan_weight", "jitter")
-        checkpoint["args"] = {name: getattr(args, name) for name in (*kept, "seed", "bf16", "data_dir")}
+        checkpoint["args"] = {name: getattr(args, name) for name in (*kept, "seed", "bf16", "compile", "data_dir")}
         save_checkpoint(checkpoint, args.out_dir / "checkpoint.pt")
         print(f"\r{line}" if TERMINAL else line, flush=True)
     if RANKS > 1:

@@ -71,7 +71,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("vae.py", argparse.SUPPRESS)  # no usage, which would go before every error
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=above(0), default=10, metavar="N", help="passes over the training set (%(default)s)")
-    add("--batch-size", type=above(0), default=128, metavar="N", help="images a step and process (%(default)s)")
+    add("--batch-size", type=above(0), default=128, metavar="N", help="images a step, per process (%(default)s)")
     add("--lr", type=above(0, float, math.inf), metavar="X", help="learning rate; left out: 5e-3 at its peak, or 1e-3")
     add("--constant-lr", action=argparse.BooleanOptionalAction, default=False, help="not one cycle up and down")
     add("--beta", type=above(0, float, math.inf), default=1.0, metavar="X", help="weight of the KL term (%(default)s)")
@@ -292,7 +292,8 @@ def train(args):
         totals = torch.zeros(3, device=device)
         began = shown = time.perf_counter()
         for step, x in enumerate(batches(images, args.batch_size), 1):
-            torch.compiler.cudagraph_mark_step_begin()  # matters to --compile on a GPU alone
+            if args.compile:  # the last step's CUDA graphs may be overwritten
+                torch.compiler.cudagraph_mark_step_begin()
             progress = ((epoch - 1) * steps + step - 1) / (args.epochs * steps)
             optimizer.param_groups[0]["lr"] = peak if args.constant_lr else peak * one_cycle(progress)
             with autocast:
@@ -336,7 +337,7 @@ def train(args):
         checkpoint = {name: part.state_dict() for name, part in parts.items()}
         checkpoint |= dict(format=FORMAT, epoch=epoch, seconds=seconds, metrics=rows, rng=torch.get_rng_state())
         checkpoint["cuda_rng"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        kept = (*NETWORK, "epochs", "batch_size", "lr", "constant_lr", "beta", "seed", "bf16", "data_dir")
+        kept = (*NETWORK, "epochs", "batch_size", "lr", "constant_lr", "beta", "seed", "bf16", "compile", "data_dir")
         checkpoint["args"] = {name: getattr(args, name) for name in kept}
         save_checkpoint(checkpoint, args.out_dir / "checkpoint.pt")
         print(f"\r{line}" if TERMINAL else line, flush=True)
