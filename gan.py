@@ -73,7 +73,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("gan.py", argparse.SUPPRESS)  # no usage, which would go before every error
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=above(0), default=100, metavar="N", help="passes over the training set (%(default)s)")
-    add("--batch-size", type=above(1), default=64, metavar="N", help="images a step, per process; above 1 (%(default)s)")
+    add("--batch-size", type=above(1), default=64, metavar="N", help="images a step, per process (from 2; %(default)s)")
     add("--lr", type=above(0, float, math.inf), default=4e-4, metavar="X", help="learning rate of Adam (%(default)s)")
     add("--d-steps", type=above(0), default=1, metavar="K", help="steps of D for one of G (%(default)s)")
     add("--saturating", action=argparse.BooleanOptionalAction, default=False, help="G descends log(1 - D(G(z)))")
