@@ -3,6 +3,7 @@ Generative Adversarial Networks" (2016, arXiv:1511.06434).
 
     python dcgan.py --epochs 25 --cuda                               MNIST, downloaded to data/
     python dcgan.py --dataset folder --data-dir photos --cuda        your own images, at 64x64
+    torchrun --nproc-per-node 8 dcgan.py --cuda                      eight GPUs, --batch-size is that of each
     python dcgan.py --resume runs/dcgan/checkpoint.pt --epochs 30    go on
     python dcgan.py --sample runs/dcgan/checkpoint.pt --num-samples 10000
     python dcgan.py --sample runs/dcgan/checkpoint.pt --interpolate 8

@@ -2,6 +2,7 @@
 
     python gan.py --cuda                                             MNIST, downloaded to data/
     python gan.py --saturating --d-steps 2                           the minimax value function, k = 2
+    torchrun --nproc-per-node 8 gan.py --cuda                        eight GPUs, --batch-size is that of each
     python gan.py --resume runs/gan/checkpoint.pt --epochs 120       go on
     python gan.py --sample runs/gan/checkpoint.pt --num-samples 10000
     python gan.py --sample runs/gan/checkpoint.pt --interpolate 8

@@ -3,6 +3,7 @@ arXiv:1611.07004).
 
     python pix2pix.py --cuda                                         facades, labels to photo, downloaded to data/
     python pix2pix.py --dataset folder --data-dir pairs --cuda       your own pairs
+    torchrun --nproc-per-node 8 pix2pix.py --cuda                    eight GPUs, --batch-size is that of each
     python pix2pix.py --resume runs/pix2pix/checkpoint.pt            go on
     python pix2pix.py --sample runs/pix2pix/checkpoint.pt            translate the held-out pairs
     python pix2pix.py --sample runs/pix2pix/checkpoint.pt --input sketches

@@ -4,6 +4,7 @@ deterministic twin, the autoencoder.
     python vae.py --cuda                                             MNIST, downloaded to data/
     python vae.py --latent-dim 2                                     ends with the paper's figure 4, manifold.png
     python vae.py --autoencoder                                      z = the mean, no KL term
+    torchrun --nproc-per-node 8 vae.py --cuda                        eight GPUs, --batch-size is that of each
     python vae.py --sample runs/vae/checkpoint.pt --num-samples 10000
     python vae.py --sample runs/vae/checkpoint.pt --interpolate 8
     python vae.py --eval runs/vae/checkpoint.pt --importance-samples 5000
