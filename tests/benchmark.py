@@ -1,6 +1,8 @@
 """Measures what the README reports; a command, not a test. Prints markdown rows.
 
     python tests/benchmark.py speed [vae gan dcgan pix2pix]    images/s of the loop beside the plain way, one process
+    python tests/benchmark.py gpu [vae gan ...]                the commands on a CUDA GPU, with and without --bf16, --compile
+    python tests/benchmark.py torchrun [vae gan ...]           images/s of one process and of one for each core
     python tests/benchmark.py quality DIR [DIR ...]            folders of generated digits beside the MNIST test set
     python tests/benchmark.py facades DIR [DIR ...]            folders of the translated held-out facades: the FCN score
 
@@ -11,7 +13,9 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +30,8 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import dcgan  # noqa: E402
 import gan  # noqa: E402
 import pix2pix  # noqa: E402
@@ -99,27 +104,39 @@ def ours(script, data_dir, steps, *flags):
         return float(list(csv.DictReader(open(f"{folder}/run/metrics.csv")))[-1]["images_per_second"])
 
 
-def dcgan_flops(image_size):
-    """Floating-point operations of a training step of 128 images: convolutions and matrix products of both networks."""
-    generate, dcgan.generate = dcgan.generate, lambda *args: torch.zeros(64, 1, 8, 8)  # the grid does not count
+def step_flops(script, *flags):
+    """Floating-point operations of a training step, per image: convolutions and matrix products, forward and backward."""
+    kept = {name: getattr(script, name) for name in ("load_images", "load_pairs", "generate", "evaluate") if hasattr(script, name)}
+
+    def one_batch(args, *rest):
+        if script is pix2pix:
+            return torch.zeros(args.batch_size, 2, 3, *(round(args.image_size * (286 / 256 if rest[0] == "train" else 1)),) * 2).byte()
+        shape = (1, args.image_size, args.image_size) if script is dcgan else (784,)
+        images = torch.zeros(args.batch_size, *shape, dtype=torch.uint8)
+        return (images, images[:32]) if script is vae else images
+
+    no_grid = torch.zeros(8, 1, 8, 8)  # the pictures do not count
+    patches = dict(load_images=one_batch, load_pairs=one_batch, generate=lambda *args: no_grid)
+    patches["evaluate"] = lambda *args: [0.0] * 3 if script is vae else (no_grid, 0.0, 0.0)
     with FlopCounterMode(display=False) as counter, tempfile.TemporaryDirectory() as folder:
-        batch = torch.zeros(128, 1, image_size, image_size, dtype=torch.uint8)
-        load_images, dcgan.load_images = dcgan.load_images, lambda args, device: batch
-        flags = f"--dataset synthetic --image-size {image_size} --epochs 1 --out-dir {folder}/run"
+        args = script.parse_args(["--dataset", "synthetic", "--epochs", "1", "--out-dir", f"{folder}/run", *flags])
+        for name in kept:
+            setattr(script, name, patches[name])
         with contextlib.redirect_stdout(sys.stderr):
-            dcgan.train(dcgan.parse_args(flags.split()))
-    dcgan.generate, dcgan.load_images = generate, load_images
-    return counter.get_total_flops()
+            script.train(args)
+        for name, function in kept.items():
+            setattr(script, name, function)
+    return counter.get_total_flops() / args.batch_size
 
 
-def matmul_rate():
+def matmul_rate(device="cpu"):
     """The most floating-point operations per second that a square bfloat16 matrix product reaches here."""
     rates = []
-    for n in (1024, 2048, 4096) * 3:
-        a, b, out = (torch.randn(n, n).bfloat16() for _ in range(3))
-        torch.mm(a, b, out=out)
+    for n in (1024, 2048, 4096) * 3 if device == "cpu" else (4096, 8192, 16384) * 3:
+        a, b, out = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(3))
+        torch.mm(a, b, out=out)[0, 0].item()  # which waits for a GPU
         began = time.perf_counter()
-        torch.mm(a, b, out=out)
+        torch.mm(a, b, out=out)[0, 0].item()
         rates.append(2 * n**3 / (time.perf_counter() - began))
     return max(rates)
 
@@ -128,7 +145,8 @@ def speed_dcgan(args):
     print("| dcgan.py | plain, images/s | float32 | ratio | --bf16 | ratio | of the bf16 matmul rate |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for image_size, steps in ((32, 24), (64, 6)):
-        flops, size = dcgan_flops(image_size) / 128, ("--image-size", str(image_size))
+        size = ("--image-size", str(image_size))
+        flops = step_flops(dcgan, *size)
 
         def measure():  # in turn, so that the machine's own ups and downs meet all alike
             plain = plain_dcgan(args.data_dir, image_size, steps)
@@ -307,6 +325,54 @@ def speed(args):
     tables = {"vae": speed_vae, "gan": speed_gan, "dcgan": speed_dcgan, "pix2pix": speed_pix2pix}
     for name in args.what or tables:
         tables[name](args)
+
+
+# gpu, torchrun: the commands themselves, each a process of its own
+
+
+def loop(command, folder, threads=None):
+    """Seconds and images/s of the loop of a command: seconds of all epochs, images/s of the last one."""
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    say(" ".join(command))
+    subprocess.run([sys.executable, *command, "--out-dir", folder], env=environment, stdout=sys.stderr, check=True, cwd=ROOT)
+    last = list(csv.DictReader(open(f"{folder}/metrics.csv")))[-1]
+    return float(last["seconds"]), float(last["images_per_second"])
+
+
+def gpu(args):
+    if not torch.cuda.is_available():
+        sys.exit("benchmark.py: error: PyTorch finds no CUDA GPU here, and this table is of one")
+    rate, epochs = matmul_rate("cuda"), {"vae": 10, "gan": 100, "dcgan": 25, "pix2pix": 200}
+    say(f"bfloat16 matrix products: {rate / 1e12:.0f} TFLOP/s")
+    print("| command | seconds of loop | images/s | of the bf16 matmul rate |")
+    print("| --- | --- | --- | --- |")
+    for name in args.what or epochs:
+        flops = step_flops({"vae": vae, "gan": gan, "dcgan": dcgan, "pix2pix": pix2pix}[name])
+        for flags in ("--cuda", "--cuda --bf16", "--cuda --compile", "--cuda --bf16 --compile"):
+            command = [f"{name}.py", "--epochs", str(epochs[name]), "--data-dir", os.path.abspath(args.data_dir), *flags.split()]
+            with tempfile.TemporaryDirectory() as folder:
+                seconds, images = loop(command, folder)
+            line = f"| `{name}.py --epochs {epochs[name]} {flags}` | {seconds:.1f} | {images:,.0f} | {images * flops / rate:.3f} |"
+            print(line, flush=True)
+
+
+def torchrun(args):
+    runs = {
+        "vae": "--dataset mnist --epochs 4",
+        "gan": "--dataset mnist --epochs 2",
+        "dcgan": "--dataset mnist --epochs 1",
+        "pix2pix": "--dataset facades --image-size 64 --width 32 --epochs 2",
+    }
+    cores, launch = torch.get_num_threads(), ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    print(f"| images/s | one process of one core | one of {cores} | {cores} of one |")
+    print("| --- | --- | --- | --- |")
+    for name in args.what or runs:
+        command = [f"{name}.py", *runs[name].split(), "--data-dir", os.path.abspath(args.data_dir)]
+        rates = []
+        for prefix, threads in (([], 1), ([], cores), ([*launch, str(cores)], 1)):
+            with tempfile.TemporaryDirectory() as folder:
+                rates.append(loop([*prefix, *command], folder, threads)[1])
+        print(f"| `{name}.py {runs[name]}` | " + " | ".join(f"{rate:,.0f}" for rate in rates) + " |", flush=True)
 
 
 # quality: generated digits seen through a classifier
@@ -500,14 +566,14 @@ def facades(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("speed", "quality", "facades"))
-    parser.add_argument("what", nargs="*", help="speed: scripts; quality, facades: folders of images")
+    parser.add_argument("table", choices=("speed", "gpu", "torchrun", "quality", "facades"))
+    parser.add_argument("what", nargs="*", help="quality, facades: folders of images; else scripts, left out: all")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--rounds", type=int, default=3, help="speed: measurements, of which the median counts")
     args = parser.parse_args()
-    if args.table != "speed" and not args.what:
+    if args.table in ("quality", "facades") and not args.what:
         parser.error("name the folders of images")
-    {"speed": speed, "quality": quality, "facades": facades}[args.table](args)
+    globals()[args.table](args)
 
 
 if __name__ == "__main__":
