@@ -1,5 +1,6 @@
 """Every command of the README, as it stands there, in a copy of the project with a tiny MNIST, tiny facades and a few photographs."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -44,9 +45,21 @@ def test_the_first_two_commands_set_up_then_train_then_test():
 @pytest.mark.parametrize("command", dict.fromkeys(c.removeprefix(SET_UP) for c in COMMANDS if "pytest" not in c))
 def test_command_runs_as_typed(command, checkout):
     """In the README's order: a later command may read what an earlier one wrote. The set-up itself is tested by .ci/run."""
-    words = command.split()
-    assert words[0] == "python"
-    done = subprocess.run([sys.executable, *words[1:]], cwd=checkout, capture_output=True, text=True)
+    words, environment = command.split(), {**os.environ, "OMP_NUM_THREADS": "1"}  # of which torchrun warns otherwise
+    launch = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
+    done = subprocess.run([*launch, *words[1:]], cwd=checkout, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     warnings = [line for line in done.stderr.splitlines() if "--cuda" not in line]
     assert warnings == []
+
+
+def test_pictures_are_there_and_small():
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    assert len(pictures) >= 5
+    for picture in pictures:
+        assert (ROOT / picture).stat().st_size < 300_000
+
+
+def test_the_table_counts_the_lines():
+    for name, lines in re.findall(r"^\| \[`(\w+\.py)`\].* (\d+) \|$", README, re.M):
+        assert len((ROOT / name).read_text().splitlines()) == int(lines), name
