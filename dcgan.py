@@ -58,7 +58,8 @@ DIGITS = ("mnist", "fashion-mnist", "synthetic")  # one channel, 28x28, padded t
 NETWORK = ("dataset", "image_size", "channels", "latent_dim", "width")  # what a checkpoint fixes
 METRICS = ("loss_d", "loss_g", "d_real", "d_fake")  # the last two are mean D(x) and D(G(z)), probabilities
 MEMORY_SHARE = 0.25  # a folder that would fill more of the device's memory than this streams from the disk
-WORKERS = min(8, torch.get_num_threads())  # that decode images
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WORKERS = max(1, min(8, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # of each process, that decode images
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says, else one
 TERMINAL = sys.stdout is not None and sys.stdout.isatty()  # else no progress is shown within an epoch
 
@@ -81,7 +82,7 @@ def parse_args(argv=None):
     add("--seed", type=above(-1), default=0, metavar="N", help="one seed repeats a CPU run to the bit (%(default)s)")
     add("--cuda", action="store_true", help="train on the GPU; under torchrun, each process on its own")
     add("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16")
-    add("--compile", action="store_true", help="torch.compile the networks; on a GPU, with CUDA graphs")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=(*DIGITS, "cifar10", "folder"), help="left out: mnist, or synthetic without a network")
     add("--data-dir", default="data", metavar="DIR", help="where the data sets are; with folder, the images")
@@ -141,10 +142,9 @@ def load_images(args, device):
             images, args.dataset = torch.as_tensor(kind(args.data_dir, download=True).data), name
         except Exception as error:  # no network, no room, a torn file: torchvision raises many kinds
             reason = f"{name} is neither whole in {args.data_dir} nor to be downloaded ({' '.join(str(error).split())})"
-            if args.dataset:
+            if args.dataset or RANKS > 1:  # or some of the processes could train on another set
                 raise OSError(f"{reason}: put it there, or choose another --data-dir or --dataset") from error
-            if RANK == 0:
-                print(f"warning: {reason}, training on synthetic digits", file=sys.stderr)
+            print(f"warning: {reason}, training on synthetic digits", file=sys.stderr)
             args.dataset = "synthetic"
     if args.dataset == "synthetic":
         images = synthetic_digits(20_000, seed=0)
@@ -304,14 +304,14 @@ def parallel(module):
     """What averages the gradients of `module` over torchrun's processes; where there is one, `module` itself."""
     if RANKS > 1:
         module = DistributedDataParallel(module)
-        module.broadcast_buffers = False  # BatchNorm's, which a second forward before the backward would break
+        module.broadcast_buffers = False  # or a second forward would change BatchNorm's before the backward
     return module
 
 
 def train(args):
     device = select_device(args.cuda)
-    if RANKS > 1:  # torchrun ends them all when one ends, so that no time limit is needed
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    if RANKS > 1:  # torchrun ends them all when one ends; the time is for a machine that vanished, or that decodes long
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     if RANK:
         dist.barrier()  # the first process downloads, the others find the files
     images = load_images(args, device)
@@ -319,7 +319,8 @@ def train(args):
         dist.barrier()
     steps = len(images) // (args.batch_size * RANKS)
     if steps == 0:
-        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(images):,} images of {args.dataset}")
+        batch = args.batch_size * RANKS
+        raise ValueError(f"--batch-size makes steps of {batch} images, more than the {len(images):,} of {args.dataset}")
 
     torch.manual_seed(args.seed)
     generator = Generator(args.image_size, args.channels, args.latent_dim, args.width)
@@ -417,7 +418,7 @@ def train(args):
 def generate(generator, z):
     """G(z) with BatchNorm's running averages, which it leaves as they are."""
     generator.eval()
-    images = generator(z)
+    images = generator.forward(z)  # as it is, where --compile has compiled the call
     generator.train()
     return images
 
@@ -519,7 +520,7 @@ def main():
         if "allocate" in str(error) or "overflow" in str(error):
             sys.exit("dcgan.py: error: out of memory: lower --batch-size, --width, --image-size or --latent-dim")
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            sys.exit("dcgan.py: error: another process died: go on with --resume and the last checkpoint")
+            sys.exit("dcgan.py: error: another process ended; go on with --resume where there is a checkpoint")
         raise
 
 

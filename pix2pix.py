@@ -66,7 +66,8 @@ NETWORK = ("dataset", "direction", "image_size", "norm", "width")  # what a chec
 METRICS = ("loss_d", "loss_g_gan", "loss_g_l1", "val_l1", "val_psnr")  # L1 of images in [-1, 1], PSNR in dB
 WRITTEN = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")  # others become PNG
 MEMORY_SHARE = 0.25  # pairs that would fill more of the device's memory than this stream from the disk
-WORKERS = min(8, torch.get_num_threads())  # that decode images
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WORKERS = max(1, min(8, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # of each process, that decode images
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says, else one
 TERMINAL = sys.stdout is not None and sys.stdout.isatty()  # else no progress is shown within an epoch
 
@@ -92,7 +93,7 @@ def parse_args(argv=None):
     add("--seed", type=above(-1), default=0, metavar="N", help="one seed repeats a CPU run to the bit (%(default)s)")
     add("--cuda", action="store_true", help="train on the GPU; under torchrun, each process on its own")
     add("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16")
-    add("--compile", action="store_true", help="torch.compile the networks; on a GPU, with CUDA graphs")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks")
     add = parser.add_argument_group("data").add_argument
     datasets = (*ARCHIVES, "folder", "synthetic")
     add("--dataset", choices=datasets, help="left out: facades, or synthetic without a network")
@@ -157,10 +158,9 @@ def load_pairs(args, split, device):
             args.dataset = name
         except Exception as error:  # no network, no room, a torn archive: many kinds
             reason = f"{name} is neither in {args.data_dir} nor to be downloaded ({' '.join(str(error).split())})"
-            if args.dataset:
+            if args.dataset or RANKS > 1:  # or some of the processes could train on another set
                 raise OSError(f"{reason}: put it there, or choose another --data-dir or --dataset") from error
-            if RANK == 0:
-                print(f"warning: {reason}, training on synthetic facades", file=sys.stderr)
+            print(f"warning: {reason}, training on synthetic facades", file=sys.stderr)
             args.dataset = "synthetic"
     if args.dataset == "synthetic":
         pairs = synthetic_facades(*((400, 0) if split == "train" else (100, 1)))
@@ -438,14 +438,14 @@ def parallel(module):
     """What averages the gradients of `module` over torchrun's processes; where there is one, `module` itself."""
     if RANKS > 1:
         module = DistributedDataParallel(module)
-        module.broadcast_buffers = False  # BatchNorm's, which a second forward before the backward would break
+        module.broadcast_buffers = False  # or a second forward would change BatchNorm's before the backward
     return module
 
 
 def train(args):
     device = select_device(args.cuda)
-    if RANKS > 1:  # torchrun ends them all when one ends, so that no time limit is needed
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    if RANKS > 1:  # torchrun ends them all when one ends; the time is for a machine that vanished, or that decodes long
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     if RANK:
         dist.barrier()  # the first process downloads, the others find the files
     pairs, held_out = load_pairs(args, "train", device), load_pairs(args, "val", device)
@@ -453,7 +453,8 @@ def train(args):
         dist.barrier()
     steps = len(pairs) // (args.batch_size * RANKS)
     if steps == 0:
-        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(pairs):,} pairs of {args.dataset}")
+        batch = args.batch_size * RANKS
+        raise ValueError(f"--batch-size makes steps of {batch} pairs, more than the {len(pairs):,} of {args.dataset}")
 
     torch.manual_seed(args.seed)
     generator = Generator(args.image_size, args.width, args.norm)
@@ -563,7 +564,7 @@ def translate(generator, source, seed):
     Alone, and so by its own statistics (section 3.3): no output depends on what other images there are."""
     with torch.random.fork_rng([source.device] if source.is_cuda else []):
         torch.manual_seed(seed)
-        return generator(source).float()
+        return generator.forward(source).float()  # as it is, where --compile has compiled the call
 
 
 def evaluate(generator, held_out, args, device):
@@ -685,7 +686,7 @@ def main():
         if "allocate" in str(error) or "overflow" in str(error):
             sys.exit("pix2pix.py: error: out of memory: lower --batch-size, --width or --image-size")
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            sys.exit("pix2pix.py: error: another process died: go on with --resume and the last checkpoint")
+            sys.exit("pix2pix.py: error: another process ended; go on with --resume where there is a checkpoint")
         raise
 
 
