@@ -32,11 +32,13 @@ script, out = importlib.import_module(sys.argv[1]), sys.argv[2]
 sys.argv[:3] = [script.__name__ + ".py"]
 parallel, batches, broadcast, all_reduce, destroy = (
     script.parallel, script.batches, dist.broadcast, dist.all_reduce, dist.destroy_process_group)
-modules, seen = [], dict(parameters=[], batches=[], sums=[], noise=[])
+modules, seen = [], dict(parameters=[], batches=[], sums=[], noise=[], broadcast_buffers=[])
 
 def watched_parallel(module):
     modules.append(module)
-    return parallel(module)
+    ddp = parallel(module)
+    seen["broadcast_buffers"].append(ddp.broadcast_buffers)
+    return ddp
 
 def watched_batches(*args):
     seen["batches"].append([])
@@ -56,7 +58,6 @@ def watched_all_reduce(tensor):
 
 def watched_destroy():
     seen["parameters"].append(torch.cat([p.detach().flatten() for module in modules for p in module.parameters()]))
-    seen["broadcast_buffers"] = [parallel(module).broadcast_buffers for module in modules]
     if script.__name__ == "vae":
         torch.manual_seed(0)
         model, x, epsilon = script.VAE(16, 4), torch.rand(128, 784), torch.randn(128, 4)
