@@ -320,7 +320,7 @@ def train(args):
     steps = len(images) // (args.batch_size * RANKS)
     if steps == 0:
         batch = args.batch_size * RANKS
-        raise ValueError(f"--batch-size makes steps of {batch} images, more than the {len(images):,} of {args.dataset}")
+        raise ValueError(f"--batch-size makes steps of {batch}, more than the {len(images):,} images of {args.dataset}")
 
     torch.manual_seed(args.seed)
     generator = Generator(args.image_size, args.channels, args.latent_dim, args.width)

@@ -241,8 +241,8 @@ def train(args):
     steps = len(images) // (args.batch_size * RANKS * args.d_steps)  # of G, an epoch
     if steps == 0:
         batch = args.batch_size * RANKS * args.d_steps
-        of = f"more than the {len(images):,} of {args.dataset}"
-        raise ValueError(f"--batch-size and --d-steps make steps of {batch} images, {of}")
+        flags = "--batch-size and --d-steps"
+        raise ValueError(f"{flags} make steps of {batch}, more than the {len(images):,} images of {args.dataset}")
 
     torch.manual_seed(args.seed)
     generator = Generator(args.latent_dim, args.width).to(device)

@@ -454,7 +454,7 @@ def train(args):
     steps = len(pairs) // (args.batch_size * RANKS)
     if steps == 0:
         batch = args.batch_size * RANKS
-        raise ValueError(f"--batch-size makes steps of {batch} pairs, more than the {len(pairs):,} of {args.dataset}")
+        raise ValueError(f"--batch-size makes steps of {batch}, more than the {len(pairs):,} pairs of {args.dataset}")
 
     torch.manual_seed(args.seed)
     generator = Generator(args.image_size, args.width, args.norm)

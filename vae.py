@@ -254,7 +254,7 @@ def train(args):
     steps = len(images) // (args.batch_size * RANKS)
     if steps == 0:
         batch = args.batch_size * RANKS
-        raise ValueError(f"--batch-size makes steps of {batch} images, more than the {len(images):,} of {args.dataset}")
+        raise ValueError(f"--batch-size makes steps of {batch}, more than the {len(images):,} images of {args.dataset}")
 
     torch.manual_seed(args.seed)
     model = VAE(args.hidden_dim, args.latent_dim, args.autoencoder).to(device)

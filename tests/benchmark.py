@@ -360,7 +360,7 @@ def torchrun(args):
     runs = {
         "vae": "--dataset mnist --epochs 4",
         "gan": "--dataset mnist --epochs 2",
-        "dcgan": "--dataset mnist --epochs 1",
+        "dcgan": "--dataset mnist --width 32 --epochs 1",
         "pix2pix": "--dataset facades --image-size 64 --width 32 --epochs 2",
     }
     cores, launch = torch.get_num_threads(), ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]

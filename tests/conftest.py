@@ -1,8 +1,11 @@
 """What the tests share: a tiny MNIST and tiny facades in the published file formats, running a script, comparing two runs to the bit."""
 
+import os
 import struct
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are tiny: threads would cost more than they save
 
 import numpy as np
 import pytest
