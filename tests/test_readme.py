@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -42,17 +43,35 @@ def test_the_first_two_commands_set_up_then_train_then_test():
     assert steps == ["pip install -r requirements.txt", "python -m pytest"]
 
 
-@pytest.mark.parametrize("command", dict.fromkeys(c.removeprefix(SET_UP) for c in COMMANDS if "pytest" not in c))
-def test_command_runs_as_typed(command, checkout):
-    """In the README's order: a later command may read what an earlier one wrote. The set-up itself is tested by .ci/run."""
-    words, environment = command.split(), {**os.environ, "OMP_NUM_THREADS": "1"}  # of which torchrun warns otherwise
-    if words[0] == "python":
-        del environment["OMP_NUM_THREADS"]  # these networks are not tiny
-    launch = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
-    done = subprocess.run([*launch, *words[1:]], cwd=checkout, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    warnings = [line for line in done.stderr.splitlines() if "--cuda" not in line]
-    assert warnings == []
+TYPED = list(dict.fromkeys(command.removeprefix(SET_UP) for command in COMMANDS if "pytest" not in command))
+
+
+@pytest.fixture(scope="module")
+def done(checkout):
+    """Command to what came of it. In the README's order for each script, whose later commands read what earlier ones wrote;
+    two scripts at a time, a core for each."""
+    scripts = {}
+    for command in TYPED:
+        scripts.setdefault(re.search(r"\w+\.py", command)[0], []).append(command)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run(commands):
+        results = {}
+        for command in commands:
+            words = command.split()
+            launch = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
+            results[command] = subprocess.run([*launch, *words[1:]], cwd=checkout, capture_output=True, text=True, env=environment)
+        return results
+
+    with ThreadPoolExecutor(2) as pool:
+        return {command: result for results in pool.map(run, scripts.values()) for command, result in results.items()}
+
+
+@pytest.mark.parametrize("command", TYPED)
+def test_command_runs_as_typed(command, done):
+    """The set-up itself is tested by .ci/run."""
+    assert done[command].returncode == 0, done[command].stderr
+    assert [line for line in done[command].stderr.splitlines() if "--cuda" not in line] == []
 
 
 def test_pictures_are_there_and_small():
