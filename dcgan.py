@@ -21,7 +21,7 @@ Differences from the paper:
 2. Kernels are 4x4, not figure 1's 5x5: at stride 2, every output then comes from equally many inputs.
 3. z is normal, not uniform: no corners, and the sphere on which slerp() walks is where its mass lies.
 4. D ends in a convolution over all that is left, which is the paper's flattening into one output, as a logit.
-5. Digits are padded to 32x32, not stretched; two levels at 28x28 end four times further from the data.
+5. Digits are padded to 32x32, not stretched; two levels at 28x28 end at four times the distance.
 6. Grids and samples use BatchNorm's running averages, so that an image does not depend on those beside it.
 """
 
@@ -57,9 +57,9 @@ FORMAT = "dcgan 1"  # marks a checkpoint: one of another script, or of another v
 DIGITS = ("mnist", "fashion-mnist", "synthetic")  # one channel, 28x28, padded to the image size
 NETWORK = ("dataset", "image_size", "channels", "latent_dim", "width")  # what a checkpoint fixes
 METRICS = ("loss_d", "loss_g", "d_real", "d_fake")  # the last two are mean D(x) and D(G(z)), probabilities
-MEMORY_SHARE = 0.25  # a folder that would fill more of the device's memory than this streams from the disk
+IN_MEMORY = 2**32  # bytes of images on the device; a larger folder streams from the disk
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-WORKERS = max(1, min(8, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # of each process, that decode images
+WORKERS = max(1, min(8, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # per process, to decode images
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says, else one
 TERMINAL = sys.stdout is not None and sys.stdout.isatty()  # else no progress is shown within an epoch
 
@@ -77,24 +77,24 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("dcgan.py", argparse.SUPPRESS)  # no usage, which would go before every error
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=above(0), default=25, metavar="N", help="passes over the training set (%(default)s)")
-    add("--batch-size", type=above(0), default=128, metavar="N", help="images a step, per process (%(default)s)")
+    add("--batch-size", type=above(0), default=128, metavar="N", help="images per step and process (%(default)s)")
     add("--lr", type=above(0, float, math.inf), default=2e-4, metavar="X", help="learning rate of Adam (%(default)s)")
     add("--seed", type=above(-1), default=0, metavar="N", help="one seed repeats a CPU run to the bit (%(default)s)")
     add("--cuda", action="store_true", help="train on the GPU; under torchrun, each process on its own")
     add("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks")
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=(*DIGITS, "cifar10", "folder"), help="left out: mnist, or synthetic without a network")
+    add("--dataset", choices=(*DIGITS, "cifar10", "folder"), help="default: mnist, or synthetic if offline")
     add("--data-dir", default="data", metavar="DIR", help="where the data sets are; with folder, the images")
-    add("--image-size", type=above(0), metavar="N", help="4 to 7 times a power of two; left out: 32, with folder 64")
-    add("--channels", type=int, choices=(1, 3), help="with folder: gray or colour; left out: colour")
+    add("--image-size", type=above(0), metavar="N", help="4 to 7 times a power of two; default: 32, with folder 64")
+    add("--channels", type=int, choices=(1, 3), help="with folder: gray or colour; default: colour")
     add = parser.add_argument_group("networks").add_argument
     add("--latent-dim", type=above(0), default=100, metavar="N", help="size of z (%(default)s)")
     add("--width", type=above(0), default=64, metavar="N", help="channels of the narrowest level (%(default)s)")
     add = parser.add_argument_group("files").add_argument
-    add("--out-dir", type=Path, metavar="DIR", help="of the run; left out: the first free of runs/dcgan, -2, ...")
-    add("--resume", type=Path, metavar="CKPT", help="go on where that checkpoint stopped, beside it")
-    add("--sample", type=Path, metavar="CKPT", help="no training: write images from that checkpoint, beside it")
+    add("--out-dir", type=Path, metavar="DIR", help="where to write; default: the first free of runs/dcgan, -2, ...")
+    add("--resume", type=Path, metavar="CKPT", help="continue from that checkpoint, in its folder")
+    add("--sample", type=Path, metavar="CKPT", help="no training: write images from that checkpoint, to its folder")
     add("--num-samples", type=above(0), default=64, metavar="N", help="how many images --sample writes (%(default)s)")
     add("--interpolate", type=above(0), metavar="N", help="with --sample: N walks between two z instead")
 
@@ -109,7 +109,7 @@ def parse_args(argv=None):
             args = parser.parse_args(argv)
             for name in (*NETWORK, "seed") if args.resume else NETWORK:
                 if getattr(args, name) != checkpoint["args"][name]:
-                    raise ValueError(f"--{name.replace('_', '-')} cannot change, and {path} fixes it: leave it out")
+                    raise ValueError(f"--{name.replace('_', '-')} is fixed by {path}: leave it out")
         elif args.channels and args.dataset != "folder":
             raise ValueError("--channels is for --dataset folder")
         args.checkpoint, args.data_dir = checkpoint, os.path.abspath(args.data_dir)  # to resume from another folder
@@ -117,7 +117,7 @@ def parse_args(argv=None):
         args.image_size = args.image_size or (64 if args.dataset == "folder" else 32)
         base_and_steps(args.image_size)
         if args.dataset in (None, *DIGITS) and args.image_size < 28:
-            raise ValueError("--image-size: digits of 28x28 are padded and never cut, so 28 is the least")
+            raise ValueError("--image-size: digits of 28x28 are padded, never cropped, so 28 or more")
         args.training = not args.sample
         written = args.out_dir and args.out_dir / "checkpoint.pt"
         if args.training and written and written.exists() and not (args.resume and args.resume.samefile(written)):
@@ -131,7 +131,7 @@ def load_images(args, device):
     """The training set: uint8 (N, channels, image_size, image_size) on the device, or the ImageFiles to stream it from.
 
     Digits are padded with black, CIFAR-10 is resized. Where no set was named and MNIST cannot be had, warns and sets
-    args.dataset to synthetic. Raises OSError if the named set is neither there nor to be had."""
+    args.dataset to synthetic. Raises OSError if a named set is neither there nor downloadable."""
     if args.dataset == "folder":
         return load_folder(Path(args.data_dir), args.image_size, args.channels, device)
     if args.dataset != "synthetic":
@@ -140,8 +140,9 @@ def load_images(args, device):
         socket.setdefaulttimeout(10)  # seconds; torchvision sets none, and a dead network would hang
         try:
             images, args.dataset = torch.as_tensor(kind(args.data_dir, download=True).data), name
-        except Exception as error:  # no network, no room, a torn file: torchvision raises many kinds
-            reason = f"{name} is neither whole in {args.data_dir} nor to be downloaded ({' '.join(str(error).split())})"
+        except Exception as error:  # no network, no room, a truncated file: torchvision raises many kinds
+            why = " ".join(str(error).split())
+            reason = f"{name} is not in {args.data_dir}, or not whole, and its download failed ({why})"
             if args.dataset or RANKS > 1:  # or some of the processes could train on another set
                 raise OSError(f"{reason}: put it there, or choose another --data-dir or --dataset") from error
             print(f"warning: {reason}, training on synthetic digits", file=sys.stderr)
@@ -172,7 +173,7 @@ def synthetic_digits(count, seed):
 class ImageFiles(Dataset):
     """Image files as uint8 (channels, size, size): upright, short side resized to `size`, the centre cropped out.
 
-    A file that cannot be decoded gives its path and the reason, a string."""
+    For a file that cannot be decoded: a string, its path and the reason."""
 
     def __init__(self, paths, size, channels):
         self.paths, self.size, self.channels = paths, size, channels
@@ -195,15 +196,19 @@ class ImageFiles(Dataset):
             return f"{self.paths[i]}: {error}"
 
 
+def whole(image):
+    """What ImageFiles gives; OSError if it is why there is no image."""
+    if isinstance(image, str):
+        raise OSError(image)
+    return image
+
+
 def load_folder(folder, size, channels, device):
-    """All images below `folder`, as in load_images. Decodes each once, and names and leaves out what is no image."""
+    """All images below `folder`, as in load_images. Decodes each once, and names and leaves out what is no image;
+    OSError if nothing is left."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33
-    memory //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # which torchrun's processes on this machine share
-    if device.type == "cuda":
-        memory = torch.cuda.mem_get_info(device)[0]
-    fits = len(paths) * channels * size**2 <= MEMORY_SHARE * memory
+    fits = len(paths) * channels * size**2 <= IN_MEMORY
     images, good = torch.empty(len(paths) if fits else 0, channels, size, size, dtype=torch.uint8), []
     decoded = DataLoader(ImageFiles(paths, size, channels), batch_size=None, num_workers=WORKERS)
     for n, (path, image) in enumerate(zip(paths, decoded), 1):
@@ -232,10 +237,10 @@ def batches(images, batch_size, device):
     if isinstance(images, torch.Tensor):
         parts = (images.index_select(0, index) for index in order)
     else:  # a generator of its own, or DataLoader would draw from the one that training draws from
-        options = dict(num_workers=WORKERS, pin_memory=device.type == "cuda", generator=torch.Generator())
+        options = dict(collate_fn=list, num_workers=WORKERS, generator=torch.Generator())
         parts = DataLoader(images, batch_sampler=order.tolist(), **options)
+        parts = (torch.stack([whole(image) for image in part]).to(device) for part in parts)
     for x in parts:
-        x = x.to(device, non_blocking=True)
         yield x.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
 
 
@@ -301,7 +306,7 @@ def generator_loss(fake_logits):
 
 
 def parallel(module):
-    """What averages the gradients of `module` over torchrun's processes; where there is one, `module` itself."""
+    """`module`, its gradients averaged over torchrun's processes if there are several."""
     if RANKS > 1:
         module = DistributedDataParallel(module)
         module.broadcast_buffers = False  # or a second forward would change BatchNorm's before the backward
@@ -310,8 +315,9 @@ def parallel(module):
 
 def train(args):
     device = select_device(args.cuda)
-    if RANKS > 1:  # torchrun ends them all when one ends; the time is for a machine that vanished, or that decodes long
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    if RANKS > 1:  # torchrun ends all when one fails; the timeout is for a lost machine, and must outlast the decoding
+        gpu = device if device.type == "cuda" else None
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2), device_id=gpu)
     if RANK:
         dist.barrier()  # the first process downloads, the others find the files
     images = load_images(args, device)
@@ -319,8 +325,8 @@ def train(args):
         dist.barrier()
     steps = len(images) // (args.batch_size * RANKS)
     if steps == 0:
-        batch = args.batch_size * RANKS
-        raise ValueError(f"--batch-size makes steps of {batch}, more than the {len(images):,} images of {args.dataset}")
+        reason = f"--batch-size: {args.dataset} has {len(images):,} images, too few for a step"
+        raise argparse.ArgumentError(None, reason)
 
     torch.manual_seed(args.seed)
     generator = Generator(args.image_size, args.channels, args.latent_dim, args.width)
@@ -330,7 +336,7 @@ def train(args):
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     fixed_noise = torch.randn(64, args.latent_dim, generator=torch.Generator().manual_seed(args.seed)).to(device)
-    for network in (generator, discriminator) if args.compile else ():  # random numbers as without it
+    for network in (generator, discriminator) if args.compile else ():  # the same random numbers as without it
         network.compile(options={"fallback_random": True, "triton.cudagraphs": device.type == "cuda"})
     ddp_g, ddp_d = parallel(generator), parallel(discriminator)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
@@ -394,7 +400,7 @@ def train(args):
                     print(f"\r{line[:width]:{width}}", end="", flush=True)
         weights = sum(p.detach().sum() for p in (*generator.parameters(), *discriminator.parameters()))
         if not all(map(math.isfinite, [*means, weights.item()])):
-            raise ValueError(f"not finite in epoch {epoch}, {epoch - 1} is the last one saved: lower --lr")
+            raise FloatingPointError(f"losses or weights not finite in epoch {epoch}, which is not saved: lower --lr")
         if RANK:
             continue
         seconds += shown - began
@@ -418,7 +424,7 @@ def train(args):
 def generate(generator, z):
     """G(z) with BatchNorm's running averages, which it leaves as they are."""
     generator.eval()
-    images = generator.forward(z)  # as it is, where --compile has compiled the call
+    images = generator.forward(z)  # uncompiled, also with --compile
     generator.train()
     return images
 
@@ -451,9 +457,8 @@ def sample(args):
         images = images[:, :, margin : args.image_size - margin, margin : args.image_size - margin]
         for n, image in enumerate(images, first):
             to_pil_image(image.add(1).mul(127.5).round().byte()).save(folder / f"{n:05d}.png")
-        if args.interpolate or first == 0:
-            grid.append(images if args.interpolate else images[:64])
-    save_grid(torch.cat(grid), folder.with_suffix(".png"), columns)
+        grid += images if args.interpolate else images[: max(0, 64 - first)]
+    save_grid(grid, folder.with_suffix(".png"), columns)
     print(f"{len(z):,} images in {folder}, a grid in {folder}.png")
 
 
@@ -465,10 +470,8 @@ def load_checkpoint(path):
         if damaged or checkpoint["format"] != FORMAT:
             raise ValueError
         return checkpoint
-    except OSError:
-        raise
     except Exception as error:  # zipfile, pickle and torch raise many kinds
-        raise ValueError(f"{path} is damaged, or no checkpoint of this script") from error
+        raise error if isinstance(error, OSError) else ValueError(f"{path} is damaged, or no checkpoint of this script")
 
 
 def save_checkpoint(checkpoint, path):
@@ -512,15 +515,15 @@ def main():
         if RANK == 0:
             print("\nstopped" + f"; go on with --resume {path}" * bool(more), file=sys.stderr)
         sys.exit(128 + interrupt.args[0])
-    except (OSError, ValueError) as error:
+    except (OSError, FloatingPointError, argparse.ArgumentError) as error:  # what train() and sample() raise themselves
         sys.exit(f"dcgan.py: error: {error}")
     except RuntimeError as error:
         if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             sys.exit(f"dcgan.py: error: --compile does not work here: {str(error).splitlines()[0]}")
-        if "allocate" in str(error) or "overflow" in str(error):
+        if any(word in str(error) for word in ("out of memory", "allocate", "ALLOC_FAILED", "overflow")):
             sys.exit("dcgan.py: error: out of memory: lower --batch-size, --width, --image-size or --latent-dim")
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            sys.exit("dcgan.py: error: another process ended; go on with --resume where there is a checkpoint")
+            sys.exit(f"dcgan.py: error: {str(error).splitlines()[0]} (did another process end? --resume goes on)")
         raise
 
 

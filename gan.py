@@ -20,7 +20,7 @@ Differences from the paper, with the distance after ten epochs of seed 0 where i
    LeakyReLU and dropout 0.3, not maxout. G without BatchNorm: 605 (231 with it; batches of 128, Adam at 2e-4).
 2. Adam at 4e-4 with beta1 0.5, not momentum, and batches of 64, not 100: 153. At 2e-4 167, in batches of 128 177, both
    231.
-3. What is drawn is a running average of G, which circles around what it approaches: 77 instead of 153.
+3. Images are drawn by a running average of G's weights, as G itself oscillates: 77 instead of 153.
 4. G descends -log D(G(z)), which the paper recommends, and not algorithm 1's log(1 - D(G(z))): --saturating.
 5. G steps on the images that D saw last, not on new ones, which saves a forward.
 6. z is normal, not uniform: the sphere on which slerp() walks is where its mass lies.
@@ -54,9 +54,8 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from common import save_grid, select_device
 
 FORMAT = "gan 1"  # marks a checkpoint: one of another script, or of another version, is refused
-DIGITS = ("mnist", "fashion-mnist", "synthetic")  # one channel, 28x28
 NETWORK = ("dataset", "latent_dim", "width")  # what a checkpoint fixes
-METRICS = ("loss_d", "loss_g", "d_real", "d_fake")  # of D its last step of k; the last two: mean D(x), D(G(z))
+METRICS = ("loss_d", "loss_g", "d_real", "d_fake")  # of D's last of k steps; the last two are mean D(x) and D(G(z))
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says, else one
 TERMINAL = sys.stdout is not None and sys.stdout.isatty()  # else no progress is shown within an epoch
 
@@ -74,24 +73,24 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("gan.py", argparse.SUPPRESS)  # no usage, which would go before every error
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=above(0), default=100, metavar="N", help="passes over the training set (%(default)s)")
-    add("--batch-size", type=above(1), default=64, metavar="N", help="images a step, per process (from 2; %(default)s)")
+    add("--batch-size", type=above(1), default=64, metavar="N", help="images per step and process, >= 2 (%(default)s)")
     add("--lr", type=above(0, float, math.inf), default=4e-4, metavar="X", help="learning rate of Adam (%(default)s)")
-    add("--d-steps", type=above(0), default=1, metavar="K", help="steps of D for one of G (%(default)s)")
+    add("--d-steps", type=above(0), default=1, metavar="K", help="steps of D for each of G (%(default)s)")
     add("--saturating", action=argparse.BooleanOptionalAction, default=False, help="G descends log(1 - D(G(z)))")
     add("--seed", type=above(-1), default=0, metavar="N", help="one seed repeats a CPU run to the bit (%(default)s)")
     add("--cuda", action="store_true", help="train on the GPU; under torchrun, each process on its own")
     add("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks")
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DIGITS, help="left out: mnist, or synthetic without a network")
+    add("--dataset", choices=("mnist", "fashion-mnist", "synthetic"), help="default: mnist, or synthetic if offline")
     add("--data-dir", default="data", metavar="DIR", help="where the data sets are")
     add = parser.add_argument_group("networks").add_argument
     add("--latent-dim", type=above(0), default=100, metavar="N", help="size of z (%(default)s)")
     add("--width", type=above(0), default=256, metavar="N", help="units of the narrowest layer (%(default)s)")
     add = parser.add_argument_group("files").add_argument
-    add("--out-dir", type=Path, metavar="DIR", help="of the run; left out: the first free of runs/gan, -2, ...")
-    add("--resume", type=Path, metavar="CKPT", help="go on where that checkpoint stopped, beside it")
-    add("--sample", type=Path, metavar="CKPT", help="no training: write images from that checkpoint, beside it")
+    add("--out-dir", type=Path, metavar="DIR", help="where to write; default: the first free of runs/gan, -2, ...")
+    add("--resume", type=Path, metavar="CKPT", help="continue from that checkpoint, in its folder")
+    add("--sample", type=Path, metavar="CKPT", help="no training: write images from that checkpoint, to its folder")
     add("--num-samples", type=above(0), default=64, metavar="N", help="how many images --sample writes (%(default)s)")
     add("--interpolate", type=above(0), metavar="N", help="with --sample: N walks between two z instead")
 
@@ -106,7 +105,7 @@ def parse_args(argv=None):
             args = parser.parse_args(argv)
             for name in (*NETWORK, "seed") if args.resume else NETWORK:
                 if getattr(args, name) != checkpoint["args"][name]:
-                    raise ValueError(f"--{name.replace('_', '-')} cannot change, and {path} fixes it: leave it out")
+                    raise ValueError(f"--{name.replace('_', '-')} is fixed by {path}: leave it out")
         args.checkpoint, args.data_dir = checkpoint, os.path.abspath(args.data_dir)  # to resume from another folder
         args.training = not args.sample
         written = args.out_dir and args.out_dir / "checkpoint.pt"
@@ -120,16 +119,17 @@ def parse_args(argv=None):
 def load_images(args, device):
     """The training set: uint8 (N, 784) on the device.
 
-    Where no set was named and MNIST cannot be had, warns and sets args.dataset to synthetic. Raises OSError if the
-    named set is neither there nor to be had."""
+    Where no set was named and MNIST cannot be had, warns and sets args.dataset to synthetic. Raises OSError if a
+    named set is neither there nor downloadable."""
     if args.dataset != "synthetic":
         name = args.dataset or "mnist"
         kind = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}[name]
         socket.setdefaulttimeout(10)  # seconds; torchvision sets none, and a dead network would hang
         try:
             images, args.dataset = kind(args.data_dir, download=True).data, name
-        except Exception as error:  # no network, no room, a torn file: torchvision raises many kinds
-            reason = f"{name} is neither whole in {args.data_dir} nor to be downloaded ({' '.join(str(error).split())})"
+        except Exception as error:  # no network, no room, a truncated file: torchvision raises many kinds
+            why = " ".join(str(error).split())
+            reason = f"{name} is not in {args.data_dir}, or not whole, and its download failed ({why})"
             if args.dataset or RANKS > 1:  # or some of the processes could train on another set
                 raise OSError(f"{reason}: put it there, or choose another --data-dir or --dataset") from error
             print(f"warning: {reason}, training on synthetic digits", file=sys.stderr)
@@ -214,7 +214,7 @@ def generator_loss(fake_logits, saturating):
 def update_average(averaged, generator, step):
     """Moves `averaged` towards G: a mean over the last tenth of the steps, from step 10,000 over the last 1000 or so.
 
-    Yazici et al. 2019 (arXiv:1806.04498), who start at once with the latter, and so with what G was at random."""
+    Yazici et al. 2019 (arXiv:1806.04498), who take 0.001 from the start, and so keep the random first G long."""
     weight = max(0.001, 10 / (10 + step))
     for mean, value in zip(averaged.state_dict().values(), generator.state_dict().values()):
         if mean.is_floating_point():  # all but BatchNorm's count of batches
@@ -222,7 +222,7 @@ def update_average(averaged, generator, step):
 
 
 def parallel(module):
-    """What averages the gradients of `module` over torchrun's processes; where there is one, `module` itself."""
+    """`module`, its gradients averaged over torchrun's processes if there are several."""
     if RANKS > 1:
         module = DistributedDataParallel(module)
         module.broadcast_buffers = False  # or a second forward would change BatchNorm's before the backward
@@ -231,8 +231,9 @@ def parallel(module):
 
 def train(args):
     device = select_device(args.cuda)
-    if RANKS > 1:  # torchrun ends them all when one ends; the time is for a machine that vanished, or that decodes long
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    if RANKS > 1:  # torchrun ends all when one fails; the timeout is for a lost machine, and must outlast the decoding
+        gpu = device if device.type == "cuda" else None
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2), device_id=gpu)
     if RANK:
         dist.barrier()  # the first process downloads, the others find the files
     images = load_images(args, device)
@@ -240,9 +241,8 @@ def train(args):
         dist.barrier()
     steps = len(images) // (args.batch_size * RANKS * args.d_steps)  # of G, an epoch
     if steps == 0:
-        batch = args.batch_size * RANKS * args.d_steps
-        flags = "--batch-size and --d-steps"
-        raise ValueError(f"{flags} make steps of {batch}, more than the {len(images):,} images of {args.dataset}")
+        reason = f"--batch-size, --d-steps: {args.dataset} has {len(images):,} images, too few for a step"
+        raise argparse.ArgumentError(None, reason)
 
     torch.manual_seed(args.seed)
     generator = Generator(args.latent_dim, args.width).to(device)
@@ -251,7 +251,7 @@ def train(args):
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     fixed_noise = torch.randn(64, args.latent_dim, generator=torch.Generator().manual_seed(args.seed)).to(device)
-    for network in (generator, discriminator) if args.compile else ():  # random numbers as without it
+    for network in (generator, discriminator) if args.compile else ():  # the same random numbers as without it
         network.compile(options={"fallback_random": True, "triton.cudagraphs": device.type == "cuda"})
     ddp_g, ddp_d = parallel(generator), parallel(discriminator)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
@@ -318,7 +318,7 @@ def train(args):
                     print(f"\r{line[:width]:{width}}", end="", flush=True)
         weights = sum(p.detach().sum() for p in (*generator.parameters(), *discriminator.parameters()))
         if not all(map(math.isfinite, [*means, weights.item()])):
-            raise ValueError(f"not finite in epoch {epoch}, {epoch - 1} is the last one saved: lower --lr")
+            raise FloatingPointError(f"losses or weights not finite in epoch {epoch}, which is not saved: lower --lr")
         if RANK:
             continue
         seconds += shown - began
@@ -342,7 +342,7 @@ def train(args):
 def generate(generator, z):
     """G(z), images (B, 1, 28, 28), with BatchNorm's running averages, which it leaves as they are."""
     generator.eval()
-    images = generator.forward(z).view(-1, 1, 28, 28)  # as it is, where --compile has compiled the call
+    images = generator.forward(z).view(-1, 1, 28, 28)  # uncompiled, also with --compile
     generator.train()
     return images
 
@@ -373,9 +373,8 @@ def sample(args):
         images = generate(generator, z[first : first + 500].to(device)).cpu()
         for n, image in enumerate(images, first):
             to_pil_image(image.add(1).mul(127.5).round().byte()).save(folder / f"{n:05d}.png")
-        if args.interpolate or first == 0:
-            grid.append(images if args.interpolate else images[:64])
-    save_grid(torch.cat(grid), folder.with_suffix(".png"), columns)
+        grid += images if args.interpolate else images[: max(0, 64 - first)]
+    save_grid(grid, folder.with_suffix(".png"), columns)
     print(f"{len(z):,} images in {folder}, a grid in {folder}.png")
 
 
@@ -387,10 +386,8 @@ def load_checkpoint(path):
         if damaged or checkpoint["format"] != FORMAT:
             raise ValueError
         return checkpoint
-    except OSError:
-        raise
     except Exception as error:  # zipfile, pickle and torch raise many kinds
-        raise ValueError(f"{path} is damaged, or no checkpoint of this script") from error
+        raise error if isinstance(error, OSError) else ValueError(f"{path} is damaged, or no checkpoint of this script")
 
 
 def save_checkpoint(checkpoint, path):
@@ -434,15 +431,15 @@ def main():
         if RANK == 0:
             print("\nstopped" + f"; go on with --resume {path}" * bool(more), file=sys.stderr)
         sys.exit(128 + interrupt.args[0])
-    except (OSError, ValueError) as error:
+    except (OSError, FloatingPointError, argparse.ArgumentError) as error:  # what train() and sample() raise themselves
         sys.exit(f"gan.py: error: {error}")
     except RuntimeError as error:
         if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             sys.exit(f"gan.py: error: --compile does not work here: {str(error).splitlines()[0]}")
-        if "allocate" in str(error) or "overflow" in str(error):
+        if any(word in str(error) for word in ("out of memory", "allocate", "ALLOC_FAILED", "overflow")):
             sys.exit("gan.py: error: out of memory: lower --batch-size, --width or --latent-dim")
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            sys.exit("gan.py: error: another process ended; go on with --resume where there is a checkpoint")
+            sys.exit(f"gan.py: error: {str(error).splitlines()[0]} (did another process end? --resume goes on)")
         raise
 
 

@@ -8,8 +8,8 @@ arXiv:1611.07004).
     python pix2pix.py --sample runs/pix2pix/checkpoint.pt            translate the held-out pairs
     python pix2pix.py --sample runs/pix2pix/checkpoint.pt --input sketches
 
-A folder of pairs holds train/ and val/ or test/, each file A and B side by side; or A/ and B/ with the same file names.
-Where these have no train/ and val/ or test/ of their own, every tenth pair is held out.
+A folder of pairs holds train/ and a held-out val/ (or test/), files with A and B side by side; or A/ and B/ with equal
+file names. Where A/ and B/ have no such folders of their own, every tenth pair is held out.
 
 Writes to runs/pix2pix: checkpoint.pt, metrics.csv, and samples/epoch_0001.png, ..., rows of source, output and target,
 twice, for the same held-out pairs after every epoch.
@@ -21,10 +21,10 @@ on two cores 0.45 s a step with --bf16 and 0.67 s without, against 0.90 s of the
 run on a GPU.
 
 Differences from the paper:
-1. Inference repeats the statistics of one image at a time and the same dropout for each, drawn from --seed: an output
-   depends on its source and the seed alone. --deterministic leaves dropout out.
-2. The U-Net has a level for each halving of --image-size, at most 8; at 256 it is the paper's. A bottleneck of
-   1x1 has no norm, which would leave nothing of it, as in the authors' code.
+1. Inference takes one image at a time, by its own statistics, with the same dropout for each, drawn from --seed: an
+   output depends on its source and the seed alone. --deterministic leaves dropout out.
+2. The U-Net has a level for each halving of --image-size, at most 8; at 256 it is the paper's. A 1x1
+   bottleneck has no norm, as in the authors' code: a single pixel less its mean is 0.
 3. D halves an image three times whatever its size, so at 64 pixels one of its patches is the whole of it.
 4. The rate is constant, as in section 6.2; --decay-epochs is what the authors' later PyTorch code does by default.
 5. Images are resized to a square, and in two folders paired by name: as in the authors' code, not in the paper.
@@ -65,9 +65,9 @@ URL = "http://efrosgans.eecs.berkeley.edu/pix2pix/datasets/{}.tar.gz"
 NETWORK = ("dataset", "direction", "image_size", "norm", "width")  # what a checkpoint fixes
 METRICS = ("loss_d", "loss_g_gan", "loss_g_l1", "val_l1", "val_psnr")  # L1 of images in [-1, 1], PSNR in dB
 WRITTEN = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")  # others become PNG
-MEMORY_SHARE = 0.25  # pairs that would fill more of the device's memory than this stream from the disk
+IN_MEMORY = 2**32  # bytes of pairs on the device; a larger folder streams from the disk
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-WORKERS = max(1, min(8, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # of each process, that decode images
+WORKERS = max(1, min(8, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # per process, to decode images
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says, else one
 TERMINAL = sys.stdout is not None and sys.stdout.isatty()  # else no progress is shown within an epoch
 
@@ -85,8 +85,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("pix2pix.py", argparse.SUPPRESS)  # no usage, which would go before every error
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=above(0), default=200, metavar="N", help="passes over the training set (%(default)s)")
-    add("--decay-epochs", type=above(-1), default=0, metavar="N", help="of them, at the end, with --lr falling to 0")
-    add("--batch-size", type=above(0), default=1, metavar="N", help="pairs a step, per process (%(default)s)")
+    add("--decay-epochs", type=above(-1), default=0, metavar="N", help="the last of them, over which --lr falls to 0")
+    add("--batch-size", type=above(0), default=1, metavar="N", help="pairs per step and process (%(default)s)")
     add("--lr", type=above(0, float, math.inf), default=2e-4, metavar="X", help="learning rate of Adam (%(default)s)")
     add("--l1-weight", type=above(-1, float, math.inf), default=100.0, metavar="X", help="of the L1 loss (%(default)s)")
     add("--gan-weight", type=above(-1, float, math.inf), default=1.0, metavar="X", help="0: no D at all (%(default)s)")
@@ -96,20 +96,20 @@ def parse_args(argv=None):
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks")
     add = parser.add_argument_group("data").add_argument
     datasets = (*ARCHIVES, "folder", "synthetic")
-    add("--dataset", choices=datasets, help="left out: facades, or synthetic without a network")
+    add("--dataset", choices=datasets, help="default: facades, or synthetic if offline")
     add("--data-dir", default="data", metavar="DIR", help="where the data sets are; with folder, the pairs")
-    add("--direction", choices=("AtoB", "BtoA"), help="left out: AtoB; facades and synthetic BtoA, labels to photo")
+    add("--direction", choices=("AtoB", "BtoA"), help="default: AtoB; facades and synthetic BtoA, labels to photo")
     add("--image-size", type=int, default=256, metavar="N", help="a power of two from 32 to 512 (%(default)s)")
     add("--jitter", action=argparse.BooleanOptionalAction, default=True, help="crop from 286/256 of the size, mirror")
     add = parser.add_argument_group("networks").add_argument
     add("--width", type=above(0), default=64, metavar="N", help="channels of the narrowest level (%(default)s)")
-    add("--norm", choices=("batch", "instance"), default="batch", help="the same with one pair a step (%(default)s)")
+    add("--norm", choices=("batch", "instance"), default="batch", help="the same at one pair per step (%(default)s)")
     add = parser.add_argument_group("files").add_argument
-    add("--out-dir", type=Path, metavar="DIR", help="of the run; left out: the first free of runs/pix2pix, -2, ...")
-    add("--resume", type=Path, metavar="CKPT", help="go on where that checkpoint stopped, beside it")
-    add("--sample", type=Path, metavar="CKPT", help="no training: translate images with that checkpoint, beside it")
-    add("--num-samples", type=above(0), metavar="N", help="how many images --sample writes; left out: all")
-    add("--input", type=Path, metavar="DIR", help="with --sample: the images to translate; left out: held-out pairs")
+    add("--out-dir", type=Path, metavar="DIR", help="where to write; default: the first free of runs/pix2pix, -2, ...")
+    add("--resume", type=Path, metavar="CKPT", help="continue from that checkpoint, in its folder")
+    add("--sample", type=Path, metavar="CKPT", help="no training: translate images, to the folder of that checkpoint")
+    add("--num-samples", type=above(0), metavar="N", help="how many images --sample writes; default: all")
+    add("--input", type=Path, metavar="DIR", help="with --sample: the images to translate; default: held-out pairs")
     add("--deterministic", action="store_true", help="with --sample: without dropout")
 
     args, checkpoint = parser.parse_args(argv), None
@@ -123,15 +123,15 @@ def parse_args(argv=None):
             args = parser.parse_args(argv)
             for name in (*NETWORK, "seed") if args.resume else NETWORK:
                 if getattr(args, name) != checkpoint["args"][name]:
-                    raise ValueError(f"--{name.replace('_', '-')} cannot change, and {path} fixes it: leave it out")
+                    raise ValueError(f"--{name.replace('_', '-')} is fixed by {path}: leave it out")
         args.checkpoint, args.data_dir = checkpoint, os.path.abspath(args.data_dir)  # to resume from another folder
         args.direction = args.direction or ("AtoB" if args.dataset in ("maps", "folder") else "BtoA")
         if args.image_size not in (32, 64, 128, 256, 512):
             raise ValueError("--image-size: the U-Net halves it level by level, so 32, 64, 128, 256 or 512")
         if min(args.l1_weight, args.gan_weight) < 0 or args.l1_weight == args.gan_weight == 0:
-            raise ValueError("--l1-weight and --gan-weight: neither is below 0, and one is above")
+            raise ValueError("--l1-weight, --gan-weight: neither below 0, nor both 0")
         if args.decay_epochs > args.epochs:
-            raise ValueError("--decay-epochs is part of --epochs, so not more than those")
+            raise ValueError("--decay-epochs are part of --epochs, so at most as many")
         args.training = not args.sample
         written = args.out_dir and args.out_dir / "checkpoint.pt"
         if args.training and written and written.exists() and not (args.resume and args.resume.samefile(written)):
@@ -145,8 +145,8 @@ def load_pairs(args, split, device):
     """The pairs of the split "train" or of "val", held out: uint8 (N, 2, 3, size, size) on the device, A first, or the
     PairFiles to stream them from. In "train" the size has room for the jitter.
 
-    Where no set was named and facades cannot be had, warns and sets args.dataset to synthetic. Raises OSError if the
-    named set is neither there nor to be had, ValueError with the path of a file that is no pair."""
+    Where no set was named and facades cannot be had, warns and sets args.dataset to synthetic. Raises OSError if a
+    named set is neither there nor downloadable, or with the path of a file that is no pair."""
     size = round(args.image_size * 286 / 256) if split == "train" and args.jitter else args.image_size
     folder = Path(args.data_dir)
     if args.dataset in (None, *ARCHIVES):
@@ -156,8 +156,9 @@ def load_pairs(args, split, device):
             if not folder.exists():
                 download(name, folder.parent)
             args.dataset = name
-        except Exception as error:  # no network, no room, a torn archive: many kinds
-            reason = f"{name} is neither in {args.data_dir} nor to be downloaded ({' '.join(str(error).split())})"
+        except Exception as error:  # no network, no room, a truncated archive: many kinds
+            why = " ".join(str(error).split())
+            reason = f"{name} is not in {args.data_dir}, and its download failed ({why})"
             if args.dataset or RANKS > 1:  # or some of the processes could train on another set
                 raise OSError(f"{reason}: put it there, or choose another --data-dir or --dataset") from error
             print(f"warning: {reason}, training on synthetic facades", file=sys.stderr)
@@ -167,11 +168,7 @@ def load_pairs(args, split, device):
         return resize(pairs.flatten(0, 1), [size, size]).view(-1, 2, 3, size, size).to(device)
 
     files = PairFiles(find_pairs(folder, split), size)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33
-    memory //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # which torchrun's processes on this machine share
-    if device.type == "cuda":
-        memory = torch.cuda.mem_get_info(device)[0]
-    fits = len(files) * 6 * size**2 <= MEMORY_SHARE * memory
+    fits = len(files) * 6 * size**2 <= IN_MEMORY
     pairs = torch.empty(len(files) if fits else 0, 2, 3, size, size, dtype=torch.uint8)
     for n, pair in enumerate(DataLoader(files, batch_size=None, num_workers=WORKERS)):
         if TERMINAL:
@@ -183,7 +180,7 @@ def load_pairs(args, split, device):
 
 
 def download(name, folder):
-    """Makes folder/name from the authors' archive, whole or not at all; a member that lies outside ends it."""
+    """Makes folder/name from the authors' archive, whole or not at all; a member that points outside it is refused."""
     folder.mkdir(parents=True, exist_ok=True)
     if TERMINAL:
         print(f"downloading {URL.format(name)} to {folder}", flush=True)
@@ -221,7 +218,7 @@ def find_pairs(folder, split):
         names = [{path.relative_to(side) for path in find_images(side)} for side in sides]
         for name in sorted(names[0] ^ names[1]):
             there, missing = sides if name in names[0] else sides[::-1]
-            raise ValueError(f"{there / name} has no partner: {missing / name} is missing")
+            raise OSError(f"{there / name} has no partner: {missing / name} is missing")
         pairs = [tuple(side / name for side in sides) for name in sorted(names[0])]
         if not parted:
             held_out = pairs[9::10] or pairs[-1:]
@@ -232,7 +229,7 @@ def find_pairs(folder, split):
 
 
 class PairFiles(Dataset):
-    """Pairs of image files as uint8 (2, 3, size, size), A first. What is no pair gives its path and why, a string."""
+    """Pairs of image files as uint8 (2, 3, size, size), A first. For what is no pair: a string, its path and why."""
 
     def __init__(self, pairs, size):
         self.pairs, self.size = pairs, size
@@ -257,8 +254,9 @@ class PairFiles(Dataset):
 
 
 def whole(pair):
+    """What PairFiles gives; OSError if it is why there is no pair."""
     if isinstance(pair, str):
-        raise ValueError(pair)
+        raise OSError(pair)
     return pair
 
 
@@ -326,11 +324,10 @@ def batches(pairs, args, device):
     if isinstance(pairs, torch.Tensor):
         parts = (pairs.index_select(0, index) for index in order)
     else:  # a generator of its own, or DataLoader would draw from the one that training draws from
-        options = dict(num_workers=WORKERS, pin_memory=device.type == "cuda", generator=torch.Generator())
-        parts = DataLoader(pairs, batch_sampler=order.tolist(), collate_fn=list, **options)
-        parts = (torch.stack([whole(pair) for pair in part]) for part in parts)
+        options = dict(collate_fn=list, num_workers=WORKERS, generator=torch.Generator())
+        parts = DataLoader(pairs, batch_sampler=order.tolist(), **options)
+        parts = (torch.stack([whole(pair) for pair in part]).to(device) for part in parts)
     for part in parts:
-        part = part.to(device, non_blocking=True)
         yield split_pairs(jitter(part, args.image_size) if args.jitter else part, args.direction)
 
 
@@ -358,7 +355,7 @@ def memory_format(device):
 
 
 def normalization(norm, channels):
-    """Always by the statistics of what goes through, in eval mode too: section 3.3."""
+    """Always by the statistics of its own input, in eval mode too: section 3.3."""
     if norm == "instance":
         return nn.InstanceNorm2d(channels, affine=True)
     return nn.BatchNorm2d(channels, track_running_stats=False)
@@ -435,7 +432,7 @@ def generator_loss(fake_logits):
 
 
 def parallel(module):
-    """What averages the gradients of `module` over torchrun's processes; where there is one, `module` itself."""
+    """`module`, its gradients averaged over torchrun's processes if there are several."""
     if RANKS > 1:
         module = DistributedDataParallel(module)
         module.broadcast_buffers = False  # or a second forward would change BatchNorm's before the backward
@@ -444,8 +441,9 @@ def parallel(module):
 
 def train(args):
     device = select_device(args.cuda)
-    if RANKS > 1:  # torchrun ends them all when one ends; the time is for a machine that vanished, or that decodes long
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    if RANKS > 1:  # torchrun ends all when one fails; the timeout is for a lost machine, and must outlast the decoding
+        gpu = device if device.type == "cuda" else None
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2), device_id=gpu)
     if RANK:
         dist.barrier()  # the first process downloads, the others find the files
     pairs, held_out = load_pairs(args, "train", device), load_pairs(args, "val", device)
@@ -453,8 +451,8 @@ def train(args):
         dist.barrier()
     steps = len(pairs) // (args.batch_size * RANKS)
     if steps == 0:
-        batch = args.batch_size * RANKS
-        raise ValueError(f"--batch-size makes steps of {batch}, more than the {len(pairs):,} pairs of {args.dataset}")
+        reason = f"--batch-size: {args.dataset} has {len(pairs):,} pairs, too few for a step"
+        raise argparse.ArgumentError(None, reason)
 
     torch.manual_seed(args.seed)
     generator = Generator(args.image_size, args.width, args.norm)
@@ -463,7 +461,7 @@ def train(args):
     discriminator.to(device, memory_format=memory_format(device))
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
-    for network in (generator, discriminator) if args.compile else ():  # random numbers as without it
+    for network in (generator, discriminator) if args.compile else ():  # the same random numbers as without it
         network.compile(options={"fallback_random": True, "triton.cudagraphs": device.type == "cuda"})
     ddp_g, ddp_d = parallel(generator), parallel(discriminator)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
@@ -474,6 +472,8 @@ def train(args):
         start, seconds, rows = (args.checkpoint[name] for name in ("epoch", "seconds", "metrics"))
         for name, part in parts.items():
             part.load_state_dict(args.checkpoint[name])
+        for p, state in [*optimizer_g.state.items(), *optimizer_d.state.items()]:  # in this device's memory_format()
+            state.update({name: torch.empty_like(p).copy_(mean) for name, mean in state.items() if mean.dim()})
         torch.set_rng_state(args.checkpoint["rng"])
         if device.type == "cuda" and args.checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(args.checkpoint["cuda_rng"], device)
@@ -537,7 +537,7 @@ def train(args):
                     print(f"\r{line[:width]:{width}}", end="", flush=True)
         weights = sum(p.detach().sum() for p in (*generator.parameters(), *discriminator.parameters()))
         if not all(map(math.isfinite, [*means, weights.item()])):
-            raise ValueError(f"not finite in epoch {epoch}, {epoch - 1} is the last one saved: lower --lr")
+            raise FloatingPointError(f"losses or weights not finite in epoch {epoch}, which is not saved: lower --lr")
         if RANK:
             continue
         seconds += shown - began
@@ -561,10 +561,10 @@ def train(args):
 def translate(generator, source, seed):
     """G(source) for one source (1, 3, H, W), its dropout drawn from `seed` and not from the training's generator.
 
-    Alone, and so by its own statistics (section 3.3): no output depends on what other images there are."""
+    One at a time, so that no output depends on other images: section 3.3."""
     with torch.random.fork_rng([source.device] if source.is_cuda else []):
         torch.manual_seed(seed)
-        return generator.forward(source).float()  # as it is, where --compile has compiled the call
+        return generator.forward(source).float()  # uncompiled, also with --compile
 
 
 def evaluate(generator, held_out, args, device):
@@ -589,7 +589,7 @@ def sample(args):
     device = select_device(args.cuda)
     generator = Generator(args.image_size, args.width, args.norm)
     generator.load_state_dict(args.checkpoint["generator"])
-    generator.to(device, memory_format=memory_format(device)).train(not args.deterministic)  # the norms do not care
+    generator.to(device, memory_format=memory_format(device)).train(not args.deterministic)  # for dropout
     if args.input:
         paths = find_images(args.input)
         names = [path.relative_to(args.input) for path in paths]
@@ -631,10 +631,8 @@ def load_checkpoint(path):
         if damaged or checkpoint["format"] != FORMAT:
             raise ValueError
         return checkpoint
-    except OSError:
-        raise
     except Exception as error:  # zipfile, pickle and torch raise many kinds
-        raise ValueError(f"{path} is damaged, or no checkpoint of this script") from error
+        raise error if isinstance(error, OSError) else ValueError(f"{path} is damaged, or no checkpoint of this script")
 
 
 def save_checkpoint(checkpoint, path):
@@ -678,15 +676,15 @@ def main():
         if RANK == 0:
             print("\nstopped" + f"; go on with --resume {path}" * bool(more), file=sys.stderr)
         sys.exit(128 + interrupt.args[0])
-    except (OSError, ValueError) as error:
+    except (OSError, FloatingPointError, argparse.ArgumentError) as error:  # what train() and sample() raise themselves
         sys.exit(f"pix2pix.py: error: {error}")
     except RuntimeError as error:
         if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             sys.exit(f"pix2pix.py: error: --compile does not work here: {str(error).splitlines()[0]}")
-        if "allocate" in str(error) or "overflow" in str(error):
+        if any(word in str(error) for word in ("out of memory", "allocate", "ALLOC_FAILED", "overflow")):
             sys.exit("pix2pix.py: error: out of memory: lower --batch-size, --width or --image-size")
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            sys.exit("pix2pix.py: error: another process ended; go on with --resume where there is a checkpoint")
+            sys.exit(f"pix2pix.py: error: {str(error).splitlines()[0]} (did another process end? --resume goes on)")
         raise
 
 

@@ -11,7 +11,7 @@ deterministic twin, the autoencoder.
 
 Writes to runs/vae: checkpoint.pt, metrics.csv, and every epoch samples/ (from the same noise) and reconstructions/
 (held-out images above their reconstructions). The metrics are the negative ELBO and its terms, nats an image, whatever
---beta is; of an autoencoder, the reconstruction alone. Raising --epochs with --resume stretches the cycle of the rate.
+--beta is; of an autoencoder, the reconstruction alone. --resume with more --epochs stretches the learning rate's cycle.
 
 Measured on MNIST (torch 2.15, two cores of an AMD EPYC): test loss 102.99 nats, mean of seeds 0 to 2 (102.97, 102.91,
 103.09); with --bf16 102.96; log p(x) >= -99.31 with K = 100 (seed 0). 33,700 images/s, with --bf16 43,400, against
@@ -21,9 +21,9 @@ Differences from the paper:
 1. The learning rate makes one cycle, up to 5e-3 and down to 0: 2.7 nats better after ten epochs than Adam's 1e-3, which
    --constant-lr gives (105.72; 105.69 with --bf16).
 2. Adam, not Adagrad; ReLU, not tanh; PyTorch's initial weights, no weight decay; 400 hidden units, not 500; batches of
-   128, not 100, the last partial one of an epoch dropped: what public implementations are compared at.
-3. Gray values in [0, 1] count as probabilities of white, neither binarized nor sampled. A Bernoulli is no density of
-   gray values, so the bounds compare only with others computed so, and not with those on binarized MNIST.
+   128, not 100, the last partial one of an epoch dropped: as public implementations have it.
+3. Gray values in [0, 1] serve as Bernoulli targets, not binarized. That is no density of gray values, so these bounds
+   compare only with others computed so, and not with those on binarized MNIST.
 """
 
 import argparse
@@ -53,7 +53,6 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from common import save_grid, select_device
 
 FORMAT = "vae 1"  # marks a checkpoint: one of another script, or of another version, is refused
-DIGITS = ("mnist", "fashion-mnist", "synthetic")  # one channel, 28x28
 NETWORK = ("dataset", "hidden_dim", "latent_dim", "autoencoder")  # what a checkpoint fixes
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says, else one
 TERMINAL = sys.stdout is not None and sys.stdout.isatty()  # else no progress is shown within an epoch
@@ -72,29 +71,29 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("vae.py", argparse.SUPPRESS)  # no usage, which would go before every error
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=above(0), default=10, metavar="N", help="passes over the training set (%(default)s)")
-    add("--batch-size", type=above(0), default=128, metavar="N", help="images a step, per process (%(default)s)")
-    add("--lr", type=above(0, float, math.inf), metavar="X", help="learning rate; left out: 5e-3 at its peak, or 1e-3")
-    add("--constant-lr", action=argparse.BooleanOptionalAction, default=False, help="not one cycle up and down")
+    add("--batch-size", type=above(0), default=128, metavar="N", help="images per step and process (%(default)s)")
+    add("--lr", type=above(0, float, math.inf), metavar="X", help="default: 5e-3 at the peak, 1e-3 with --constant-lr")
+    add("--constant-lr", action=argparse.BooleanOptionalAction, default=False, help="a constant rate, not one cycle")
     add("--beta", type=above(0, float, math.inf), default=1.0, metavar="X", help="weight of the KL term (%(default)s)")
     add("--seed", type=above(-1), default=0, metavar="N", help="one seed repeats a CPU run to the bit (%(default)s)")
     add("--cuda", action="store_true", help="train on the GPU; under torchrun, each process on its own")
     add("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks")
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DIGITS, help="left out: mnist, or synthetic without a network")
+    add("--dataset", choices=("mnist", "fashion-mnist", "synthetic"), help="default: mnist, or synthetic if offline")
     add("--data-dir", default="data", metavar="DIR", help="where the data sets are")
     add = parser.add_argument_group("networks").add_argument
     add("--latent-dim", type=above(0), default=20, metavar="N", help="size of z (%(default)s)")
     add("--hidden-dim", type=above(0), default=400, metavar="N", help="units of the hidden layers (%(default)s)")
     add("--autoencoder", action="store_true", help="the deterministic twin: z is the mean, and there is no KL term")
     add = parser.add_argument_group("files").add_argument
-    add("--out-dir", type=Path, metavar="DIR", help="of the run; left out: the first free of runs/vae, -2, ...")
-    add("--resume", type=Path, metavar="CKPT", help="go on where that checkpoint stopped, beside it")
-    add("--sample", type=Path, metavar="CKPT", help="no training: write images from that checkpoint, beside it")
+    add("--out-dir", type=Path, metavar="DIR", help="where to write; default: the first free of runs/vae, -2, ...")
+    add("--resume", type=Path, metavar="CKPT", help="continue from that checkpoint, in its folder")
+    add("--sample", type=Path, metavar="CKPT", help="no training: write images from that checkpoint, to its folder")
     add("--num-samples", type=above(0), default=64, metavar="N", help="how many images --sample writes (%(default)s)")
     add("--interpolate", type=above(0), metavar="N", help="with --sample: N walks between two held-out images instead")
     add("--eval", type=Path, metavar="CKPT", help="no training: print the bound on log p(x) of that checkpoint")
-    add("--importance-samples", type=above(0), default=100, metavar="K", help="z an image for --eval (%(default)s)")
+    add("--importance-samples", type=above(0), default=100, metavar="K", help="draws of z for --eval (%(default)s)")
 
     args, checkpoint = parser.parse_args(argv), None
     path = args.resume or args.sample or args.eval
@@ -107,7 +106,7 @@ def parse_args(argv=None):
             args = parser.parse_args(argv)
             for name in (*NETWORK, "seed") if args.resume else NETWORK:
                 if getattr(args, name) != checkpoint["args"][name]:
-                    raise ValueError(f"--{name.replace('_', '-')} cannot change, and {path} fixes it: leave it out")
+                    raise ValueError(f"--{name.replace('_', '-')} is fixed by {path}: leave it out")
         if args.autoencoder and (args.eval or args.sample and not args.interpolate):
             raise ValueError(f"{path} is an autoencoder: no prior to sample from, no likelihood; try --interpolate")
         args.checkpoint, args.data_dir = checkpoint, os.path.abspath(args.data_dir)  # to resume from another folder
@@ -123,8 +122,8 @@ def parse_args(argv=None):
 def load_images(args, device):
     """The training and the held-out images: two uint8 tensors (N, 784) on the device.
 
-    Where no set was named and MNIST cannot be had, warns and sets args.dataset to synthetic. Raises OSError if the
-    named set is neither there nor to be had."""
+    Where no set was named and MNIST cannot be had, warns and sets args.dataset to synthetic. Raises OSError if a
+    named set is neither there nor downloadable."""
     if args.dataset != "synthetic":
         name = args.dataset or "mnist"
         kind = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}[name]
@@ -132,8 +131,9 @@ def load_images(args, device):
         try:
             images = [kind(args.data_dir, train=train, download=True).data for train in (True, False)]
             args.dataset = name
-        except Exception as error:  # no network, no room, a torn file: torchvision raises many kinds
-            reason = f"{name} is neither whole in {args.data_dir} nor to be downloaded ({' '.join(str(error).split())})"
+        except Exception as error:  # no network, no room, a truncated file: torchvision raises many kinds
+            why = " ".join(str(error).split())
+            reason = f"{name} is not in {args.data_dir}, or not whole, and its download failed ({why})"
             if args.dataset or RANKS > 1:  # or some of the processes could train on another set
                 raise OSError(f"{reason}: put it there, or choose another --data-dir or --dataset") from error
             print(f"warning: {reason}, training on synthetic digits", file=sys.stderr)
@@ -172,9 +172,7 @@ def batches(images, batch_size):
 
 
 class VAE(nn.Module):
-    """Encoder q(z|x) = N(mean, exp(logvar)) and decoder p(x|z) = Bernoulli(sigmoid(logits)), an MLP each (appendix C).
-
-    As an autoencoder: z is the mean, and logvar is not used."""
+    """Encoder q(z|x) = N(mean, exp(logvar)) and decoder p(x|z) = Bernoulli(sigmoid(logits)), both MLPs (appendix C)."""
 
     def __init__(self, hidden_dim, latent_dim, autoencoder=False):
         super().__init__()
@@ -226,7 +224,7 @@ def evaluate(model, images, seed):
         if n % RANKS != RANK:
             continue
         x = part.float().div(255)
-        logits, mean, logvar = model.forward(x, epsilon)  # as it is, where --compile has compiled the call
+        logits, mean, logvar = model.forward(x, epsilon)  # uncompiled, also with --compile
         reconstruction, kl = reconstruction_loss(logits, x), kl_divergence(mean, logvar)
         sums += len(x) * torch.stack([reconstruction + kl, reconstruction, kl]).double()
     if RANKS > 1:
@@ -235,7 +233,7 @@ def evaluate(model, images, seed):
 
 
 def parallel(module):
-    """What averages the gradients of `module` over torchrun's processes; where there is one, `module` itself."""
+    """`module`, its gradients averaged over torchrun's processes if there are several."""
     if RANKS > 1:
         module = DistributedDataParallel(module)
         module.broadcast_buffers = False  # or a second forward would change BatchNorm's before the backward
@@ -244,8 +242,9 @@ def parallel(module):
 
 def train(args):
     device = select_device(args.cuda)
-    if RANKS > 1:  # torchrun ends them all when one ends; the time is for a machine that vanished, or that decodes long
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    if RANKS > 1:  # torchrun ends all when one fails; the timeout is for a lost machine, and must outlast the decoding
+        gpu = device if device.type == "cuda" else None
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2), device_id=gpu)
     if RANK:
         dist.barrier()  # the first process downloads, the others find the files
     images, held_out = load_images(args, device)
@@ -253,15 +252,15 @@ def train(args):
         dist.barrier()
     steps = len(images) // (args.batch_size * RANKS)
     if steps == 0:
-        batch = args.batch_size * RANKS
-        raise ValueError(f"--batch-size makes steps of {batch}, more than the {len(images):,} images of {args.dataset}")
+        reason = f"--batch-size: {args.dataset} has {len(images):,} images, too few for a step"
+        raise argparse.ArgumentError(None, reason)
 
     torch.manual_seed(args.seed)
     model = VAE(args.hidden_dim, args.latent_dim, args.autoencoder).to(device)
     peak = args.lr or (1e-3 if args.constant_lr else 5e-3)
     optimizer = torch.optim.Adam(model.parameters(), peak, fused=True)
     fixed_noise = torch.randn(64, args.latent_dim, generator=torch.Generator().manual_seed(args.seed)).to(device)
-    if args.compile:  # random numbers as without it
+    if args.compile:  # the same random numbers as without it
         model.compile(options={"fallback_random": True, "triton.cudagraphs": device.type == "cuda"})
     ddp = parallel(model)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
@@ -320,8 +319,8 @@ def train(args):
                 if TERMINAL:
                     width = shutil.get_terminal_size().columns - 1
                     print(f"\r{line[:width]:{width}}", end="", flush=True)
-        if not all(map(math.isfinite, means)):  # the test loss sees every weight that was reached
-            raise ValueError(f"not finite in epoch {epoch}, {epoch - 1} is the last one saved: lower --lr or --beta")
+        if not all(map(math.isfinite, means)):  # a weight that is not finite shows in the test loss
+            raise FloatingPointError(f"losses not finite in epoch {epoch}, which is not saved: lower --lr or --beta")
         if RANK:
             continue
         seconds += shown - began
@@ -398,7 +397,7 @@ def sample(args):
     if args.interpolate:
         x = load_images(args, device)[1][: 2 * args.interpolate].float().div(255)
         if len(x) < 2 * args.interpolate:
-            raise ValueError(f"--interpolate {args.interpolate} needs twice as many held-out images: try fewer")
+            raise argparse.ArgumentError(None, f"--interpolate: only {len(x):,} held-out images, two a walk: try fewer")
         a, b = model.encode(x)[0].chunk(2)  # image i to image N + i, straight: encodings fill the space between them
         z = torch.lerp(a[:, None], b[:, None], torch.linspace(0, 1, 10, device=device)[:, None]).flatten(0, 1)
         columns, folder = 10, first_free(args.out_dir / "interpolation")
@@ -411,9 +410,8 @@ def sample(args):
         images = decode(model, z[first : first + 500]).cpu()
         for n, image in enumerate(images, first):
             to_pil_image(image.mul(255).round().byte()).save(folder / f"{n:05d}.png")
-        if args.interpolate or first == 0:
-            grid.append(images if args.interpolate else images[:64])
-    save_grid(torch.cat(grid), folder.with_suffix(".png"), columns, value_range=(0, 1))
+        grid += images if args.interpolate else images[: max(0, 64 - first)]
+    save_grid(grid, folder.with_suffix(".png"), columns, value_range=(0, 1))
     print(f"{len(z):,} images in {folder}, a grid in {folder}.png")
 
 
@@ -431,10 +429,8 @@ def load_checkpoint(path):
         if damaged or checkpoint["format"] != FORMAT:
             raise ValueError
         return checkpoint
-    except OSError:
-        raise
     except Exception as error:  # zipfile, pickle and torch raise many kinds
-        raise ValueError(f"{path} is damaged, or no checkpoint of this script") from error
+        raise error if isinstance(error, OSError) else ValueError(f"{path} is damaged, or no checkpoint of this script")
 
 
 def save_checkpoint(checkpoint, path):
@@ -478,15 +474,15 @@ def main():
         if RANK == 0:
             print("\nstopped" + f"; go on with --resume {path}" * bool(more), file=sys.stderr)
         sys.exit(128 + interrupt.args[0])
-    except (OSError, ValueError) as error:
+    except (OSError, FloatingPointError, argparse.ArgumentError) as error:  # what train() and sample() raise themselves
         sys.exit(f"vae.py: error: {error}")
     except RuntimeError as error:
         if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             sys.exit(f"vae.py: error: --compile does not work here: {str(error).splitlines()[0]}")
-        if "allocate" in str(error) or "overflow" in str(error):
+        if any(word in str(error) for word in ("out of memory", "allocate", "ALLOC_FAILED", "overflow")):
             sys.exit("vae.py: error: out of memory: lower --batch-size, --hidden-dim or --latent-dim")
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            sys.exit("vae.py: error: another process ended; go on with --resume where there is a checkpoint")
+            sys.exit(f"vae.py: error: {str(error).splitlines()[0]} (did another process end? --resume goes on)")
         raise
 
 

@@ -14,7 +14,6 @@ import contextlib
 import csv
 import ctypes
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -141,20 +140,27 @@ def matmul_rate(device="cpu"):
     return max(rates)
 
 
+def row(label, plain, ours, flops, args):
+    """Prints a row and returns the plain loop's images/s. The loops take turns, so that the machine's own ups and downs
+    meet all alike; of the rounds, the one whose last ratio is the median counts."""
+    rounds = []
+    for n in range(args.rounds):
+        rounds.append((plain(), ours(), ours("--bf16"), matmul_rate()))
+        say(f"round {n + 1} of {args.rounds}: " + "  ".join(f"{value:.2f}" for value in rounds[-1][:3]))
+    plain, float32, bf16, rate = sorted(rounds, key=lambda values: values[2] / values[0])[args.rounds // 2]
+    a, b, c = (f"{value:,.0f}" if value >= 10 else f"{value:.2f}" for value in (plain, float32, bf16))
+    print(f"| {label} | {a} | {b} | {float32 / plain:.2f} | {c} | {bf16 / plain:.2f} | {bf16 * flops / rate:.2f} |", flush=True)
+    return plain
+
+
 def speed_dcgan(args):
-    print("| dcgan.py | plain, images/s | float32 | ratio | --bf16 | ratio | of the bf16 matmul rate |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
     for image_size, steps in ((32, 24), (64, 6)):
         size = ("--image-size", str(image_size))
-        flops = step_flops(dcgan, *size)
 
-        def measure():  # in turn, so that the machine's own ups and downs meet all alike
-            plain = plain_dcgan(args.data_dir, image_size, steps)
-            float32, bf16 = (ours(dcgan, args.data_dir, steps, *size, *flag) for flag in ((), ("--bf16",)))
-            return plain, float32, float32 / plain, bf16, bf16 / plain, bf16 * flops / matmul_rate()
+        def loop(*flags):
+            return ours(dcgan, args.data_dir, steps, *size, *flags)
 
-        row = medians(measure, args)
-        print("| {} px | {:.0f} | {:.0f} | {:.2f} | {:.0f} | {:.2f} | {:.2f} |".format(image_size, *row), flush=True)
+        row(f"`dcgan.py {' '.join(size)}`", lambda: plain_dcgan(args.data_dir, image_size, steps), loop, step_flops(dcgan, *size), args)
 
 
 @plain_memory()
@@ -179,17 +185,16 @@ def plain_vae(data_dir, steps):
 
 
 def speed_vae(args):
-    def measure():
-        plain = plain_vae(args.data_dir, 300)
-        float32, bf16 = (ours(vae, args.data_dir, 400, *flag) for flag in ((), ("--bf16",)))
-        return plain, float32, float32 / plain, bf16, bf16 / plain
+    def loop(*flags):
+        return ours(vae, args.data_dir, 400, *flags)
 
-    print("| vae.py | plain, images/s | float32 | ratio | --bf16 | ratio |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    row = medians(measure, args)
-    print("| 784-400-20 | {:.0f} | {:.0f} | {:.2f} | {:.0f} | {:.2f} |\n".format(*row))
-    print("| until the test loss first passes 105.55 | seconds of loop | of ten plain epochs |")
-    print("| --- | --- | --- |")
+    return row("`vae.py`", lambda: plain_vae(args.data_dir, 300), loop, step_flops(vae), args)
+
+
+def time_to_loss(args, plain):
+    """Seconds until vae.py's test loss is below 105.55, where the plain loop stands after ten epochs."""
+    print("\n| command | test loss below 105.55 | seconds of loop | times faster |")
+    print("| --- | --- | --- | --- |")
     for flags in ("", "--bf16", "--epochs 4 --lr 0.01", "--epochs 4 --lr 0.01 --bf16"):
         with tempfile.TemporaryDirectory() as folder:
             command = f"--dataset mnist --data-dir {args.data_dir} --out-dir {folder}/run {flags}"
@@ -201,8 +206,9 @@ def speed_vae(args):
             else:
                 sys.exit(f"vae.py {flags}: the test loss never passed 105.55")
             seconds = float(epoch["seconds"])
-            what = f"`vae.py {flags}`, {float(epoch['test_loss']):.2f} after epoch {epoch['epoch']}"
-            print(f"| {what} | {seconds:.1f} | 1/{600_000 / row[0] / seconds:.1f} |", flush=True)
+            name = f"vae.py {flags}".strip()
+            what = f"`{name}` | {float(epoch['test_loss']):.2f} after epoch {epoch['epoch']}"
+            print(f"| {what} | {seconds:.1f} | {600_000 / plain / seconds:.1f} |", flush=True)
 
 
 @plain_memory()
@@ -235,14 +241,10 @@ def plain_gan(data_dir, steps):
 
 
 def speed_gan(args):
-    def measure():
-        plain = plain_gan(args.data_dir, 300)
-        float32, bf16 = (ours(gan, args.data_dir, 200, *flag) for flag in ((), ("--bf16",)))
-        return plain, float32, float32 / plain, bf16, bf16 / plain
+    def loop(*flags):
+        return ours(gan, args.data_dir, 200, *flags)
 
-    print("| gan.py | plain, images/s | float32 | ratio | --bf16 | ratio |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    print("| 100-256-512-1024-784 | {:.0f} | {:.0f} | {:.2f} | {:.0f} | {:.2f} |".format(*medians(measure, args)), flush=True)
+    row("`gan.py`", lambda: plain_gan(args.data_dir, 300), loop, step_flops(gan), args)
 
 
 @plain_memory()
@@ -291,10 +293,10 @@ def plain_pix2pix(data_dir, steps):
 
 
 def speed_pix2pix(args):
-    load_pairs, evaluate = pix2pix.load_pairs, pix2pix.evaluate
+    flops, load_pairs, evaluate = step_flops(pix2pix), pix2pix.load_pairs, pix2pix.evaluate
     pix2pix.evaluate = lambda *args: (torch.zeros(3, 3, 8, 8), 0.0, 0.0)  # the held-out pairs are not the loop
 
-    def ours(*flags):
+    def loop(*flags):
         pix2pix.load_pairs = lambda *arguments: load_pairs(*arguments)[:12]
         with tempfile.TemporaryDirectory() as folder:
             command = ["--dataset", "facades", "--data-dir", args.data_dir, "--epochs", "2", "--out-dir", f"{folder}/run"]
@@ -302,29 +304,18 @@ def speed_pix2pix(args):
                 pix2pix.train(pix2pix.parse_args([*command, *flags]))
             return float(list(csv.DictReader(open(f"{folder}/run/metrics.csv")))[-1]["images_per_second"])
 
-    def measure():
-        plain = plain_pix2pix(args.data_dir, 10)
-        float32, bf16 = ours(), ours("--bf16")
-        return plain, float32, float32 / plain, bf16, bf16 / plain
-
-    print("| pix2pix.py | plain, images/s | float32 | ratio | --bf16 | ratio |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    print("| 256 px, one pair a step | {:.2f} | {:.2f} | {:.2f} | {:.2f} | {:.2f} |".format(*medians(measure, args)), flush=True)
+    row("`pix2pix.py`", lambda: plain_pix2pix(args.data_dir, 10), loop, flops, args)
     pix2pix.load_pairs, pix2pix.evaluate = load_pairs, evaluate
 
 
-def medians(measure, args):
-    rounds = []
-    for n in range(args.rounds):
-        rounds.append(measure())
-        say(f"round {n + 1} of {args.rounds}: " + "  ".join(f"{value:.2f}" for value in rounds[-1]))
-    return [statistics.median(column) for column in zip(*rounds)]
-
-
 def speed(args):
-    tables = {"vae": speed_vae, "gan": speed_gan, "dcgan": speed_dcgan, "pix2pix": speed_pix2pix}
+    tables, plain = {"vae": speed_vae, "gan": speed_gan, "dcgan": speed_dcgan, "pix2pix": speed_pix2pix}, {}
+    print("| images/s of the loop | plain | float32 | ratio | `--bf16` | ratio | of the bf16 matmul rate |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in args.what or tables:
-        tables[name](args)
+        plain[name] = tables[name](args)
+    if "vae" in plain:
+        time_to_loss(args, plain["vae"])
 
 
 # gpu, torchrun: the commands themselves, each a process of its own
@@ -452,7 +443,7 @@ def quality(args):
     halves = frechet_distance(real[order[:5000]], real[order[5000:]])
     print("| images | Fréchet distance | digits 0 to 9, % | confident (p > 0.9) |")
     print("| --- | --- | --- | --- |")
-    rows = [("test set, one half against the other", halves, probabilities)]
+    rows = [("test set (one half to the other)", halves, probabilities)]
     for folder in args.what:
         files = sorted(Path(folder).glob("*.png"))
         pixels = torch.from_numpy(np.stack([np.asarray(Image.open(file).convert("L")) for file in files]))

@@ -465,7 +465,7 @@ def test_a_folder_of_trouble(album, capfd):
 def test_streamed_and_in_memory_are_the_same_images(album, monkeypatch):
     device = torch.device("cpu")
     in_memory = dcgan.load_folder(album[0], 32, 3, device)
-    monkeypatch.setattr(dcgan, "MEMORY_SHARE", 0)
+    monkeypatch.setattr(dcgan, "IN_MEMORY", 0)
     streamed = dcgan.load_folder(album[0], 32, 3, device)
     assert isinstance(in_memory, torch.Tensor) and isinstance(streamed, dcgan.ImageFiles)
     torch.manual_seed(0)
@@ -473,6 +473,9 @@ def test_streamed_and_in_memory_are_the_same_images(album, monkeypatch):
     rng = torch.get_rng_state()
     torch.manual_seed(0)
     assert same([*dcgan.batches(streamed, 4, device)], first) and torch.equal(torch.get_rng_state(), rng)
+    gone = dcgan.ImageFiles([*streamed.paths[:3], album[0] / "gone.png"], 32, 3)
+    with pytest.raises(OSError, match="gone.png"):
+        [*dcgan.batches(gone, 4, device)]
 
 
 def test_trains_on_a_folder(album, tmp_path):
@@ -518,7 +521,7 @@ def test_a_network_that_never_answers_shows_within_seconds(tmp_path, monkeypatch
     + [(f"--lr {value}", "--lr") for value in ("0", "-1", "nan", "inf", "1e400", "fast")]
     + [("--seed -1", "--seed"), ("--seed 1e400", "--seed"), ("--interpolate 3", "--sample"), ("--interpolate 0", "--interpolate")]
     + [("--image-size 33", "32 or 40"), ("--image-size 7", "8"), ("--image-size 20", "28"), ("--channels 2", "--channels")]
-    + [("--channels 3", "folder"), ("--dataset imagenet", "--dataset"), ("--batch-size 257", "257"), ("--width 999999999", "memory")]
+    + [("--channels 3", "folder"), ("--dataset imagenet", "--dataset"), ("--batch-size 257", "--batch-size"), ("--width 999999999", "memory")]
     + [("--dataset folder --data-dir missing", "missing"), ("--dataset folder --data-dir nothing", "nothing")]
     + [("--out-dir file", "file"), ("--out-dir file/below", "file/below"), ("--out-dir /proc/nowhere", "/proc/nowhere")],
 )

@@ -2,7 +2,6 @@ import csv
 import math
 import shutil
 import socket
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from torch import nn
 
 import gan
 
-SCRIPT = Path(gan.__file__)
 TINY = ["--width", "4", "--latent-dim", "5", "--batch-size", "64", "--lr", "0.02"]  # a rate that shows within ten steps
 run = partial(run_script, gan)
 
@@ -375,7 +373,6 @@ def test_a_finished_run_stays_as_it_is(finished, capsys):
     assert "raise --epochs" in capsys.readouterr().out and same(result(finished), before)
 
 
-COMMAND = [sys.executable, str(SCRIPT), "--dataset", "mnist", *TINY]
 
 
 def test_resume_keeps_what_was_not_said_and_takes_what_was(data_dir, tmp_path):
@@ -475,7 +472,7 @@ def test_nothing_said_and_no_network(tmp_path, monkeypatch, capsys):
     [(f"{flag} {value}", flag) for flag in ("--epochs", "--batch-size", "--width", "--latent-dim", "--num-samples") for value in ("0", "-1", "1e400", "two")]
     + [(f"--lr {value}", "--lr") for value in ("0", "-1", "nan", "inf", "1e400", "fast")]
     + [("--seed -1", "--seed"), ("--seed 1e400", "--seed"), ("--interpolate 3", "--sample"), ("--interpolate 0", "--interpolate")]
-    + [("--d-steps 0", "--d-steps"), ("--batch-size 1", "--batch-size"), ("--d-steps 5", "256 images"), ("--dataset cifar10", "--dataset"), ("--batch-size 257", "257"), ("--width 999999999", "memory")]
+    + [("--d-steps 0", "--d-steps"), ("--batch-size 1", "--batch-size"), ("--d-steps 5", "256 images"), ("--dataset cifar10", "--dataset"), ("--batch-size 257", "--batch-size"), ("--width 999999999", "memory")]
     + [("--out-dir file", "file"), ("--out-dir file/below", "file/below"), ("--out-dir /proc/nowhere", "/proc/nowhere")],
 )
 def test_bad_flags_are_refused_in_one_line(flags, word, data_dir, tmp_path, monkeypatch, capsys):

@@ -106,6 +106,35 @@ def whole(name, flags, tmp_path_factory):
     return folder / "run", seen
 
 
+def test_every_flag_of_a_run_is_in_its_checkpoint(name, whole):
+    not_of_a_run = {"cuda", "out_dir", "resume", "sample", "num_samples", "interpolate", "input", "deterministic"}
+    not_of_a_run |= {"eval", "importance_samples", "checkpoint", "training"}
+    saved = torch.load(whole[0] / "checkpoint.pt", weights_only=True)["args"]
+    assert saved.keys() == vars(SCRIPTS[name].parse_args([])).keys() - not_of_a_run
+
+
+def test_a_mistake_in_a_changed_script_keeps_its_traceback(name, flags, tmp_path, monkeypatch):
+    """Whoever copies a script and changes its loss sees where it fails."""
+
+    def mistaken(*args):
+        raise ValueError("shapes do not match")
+
+    monkeypatch.setattr(SCRIPTS[name], "reconstruction_loss" if name == "vae" else "generator_loss", mistaken)
+    with pytest.raises(ValueError, match="shapes"):
+        run(SCRIPTS[name], "--epochs", "1", "--out-dir", tmp_path / "run", *flags[name])
+
+
+@pytest.mark.parametrize("kind", [torch.distributed.DistNetworkError, RuntimeError])
+def test_a_lost_process_is_one_line_with_its_cause(kind, name, flags, tmp_path, monkeypatch, capsys):
+    def lost(args):
+        raise kind("[../gloo/pair.cc:525] Connection closed by peer\nmore")
+
+    monkeypatch.setattr(SCRIPTS[name], "train", lost)
+    assert run(SCRIPTS[name], "--out-dir", tmp_path / "run", *flags[name]) == 1
+    err = capsys.readouterr().err
+    assert "Connection closed by peer (did another process end?" in err and len(err.splitlines()) == 1
+
+
 def pictures(out_dir):
     return {str(path.relative_to(out_dir)): path.read_bytes() for path in sorted(out_dir.rglob("*.png"))}
 
