@@ -12,8 +12,8 @@ Writes to runs/dcgan: checkpoint.pt, metrics.csv, and samples/epoch_0001.png, ..
 
 Measured on MNIST (--bf16 --seed 0, torch 2.15, AMD EPYC with AVX-512 bf16): Fréchet distance to the test set in the
 features of tests/benchmark.py's digit classifier 485, 94, 46 and 19.6 after 1, 5, 10 and 25 epochs (two halves of the
-test set: 3.2), every digit between 8 and 12 % of 10,000 samples. On two cores 665 images/s at 32x32 and 159 at
-64x64, against 385 and 64 of the plain way in the same process (tests/benchmark.py). Not yet run on a GPU.
+test set: 3.2), every digit between 8 and 12 % of 10,000 samples. On two cores 654 images/s at 32x32 and 129 at
+64x64, against 308 and 57 of a plain loop in the same process (tests/benchmark.py). Not yet run on a GPU.
 
 Differences from the paper:
 1. The depth follows the image size, b * 2**k with b from 4 to 7: start at b x b, k levels of stride 2. At 64 pixels

@@ -10,10 +10,10 @@
 Writes to runs/gan: checkpoint.pt, metrics.csv, and samples/epoch_0001.png, ..., the same noise after every epoch.
 
 Measured on MNIST (torch 2.15, AMD EPYC with AVX-512 bf16), Fréchet distance of 10,000 samples to the test set in the
-features of tests/benchmark.py's digit classifier: after 25 epochs 21.4, 22.1 and 22.3 (seeds 0 to 2), after 100 12.1
-(seed 0; two halves of the test set: 3.2); every digit between 7.6 and 12.5 % of the samples. On two cores 2,180
-images/s, with --bf16 3,270, against 1,350 of the plain way in the same process (tests/benchmark.py). Not yet run on a
-GPU.
+features of tests/benchmark.py's digit classifier: after 25 epochs 21.4, 22.1 and 22.3 (seeds 0 to 2), after 100 with
+--bf16 13.6 (seed 0; two halves of the test set: 3.2); every digit between 7.4 and 12.4 % of the samples. On two cores
+1,850 images/s, with --bf16 2,890, against 1,430 of a plain loop in the same process (tests/benchmark.py). Not yet run
+on a GPU.
 
 Differences from the paper, with the distance after ten epochs of seed 0 where it was measured:
 1. G is 100-256-512-1024-784 with BatchNorm, LeakyReLU and tanh, not ReLU and sigmoid; D is 784-1024-512-256-1 with

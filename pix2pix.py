@@ -17,7 +17,7 @@ twice, for the same held-out pairs after every epoch.
 Measured on facades, labels to photo, at 64x64 with --width 32 --bf16 (torch 2.15, one core of an AMD EPYC with AVX-512
 bf16): held-out L1 0.340 and 13.3 dB after 20 epochs, 0.348 and 13.0 dB after 100; the labels that tests/benchmark.py's
 segmenter reads in the results are right at 79 and 93 % of the rate of real photos (L1 alone: 60 % after 20). At 256x256
-on two cores 0.45 s a step with --bf16 and 0.67 s without, against 0.90 s of the plain way in the same process. Not yet
+on two cores 0.48 s a step with --bf16 and 0.67 s without, against 0.84 s of a plain loop in the same process. Not yet
 run on a GPU.
 
 Differences from the paper:

@@ -14,8 +14,8 @@ Writes to runs/vae: checkpoint.pt, metrics.csv, and every epoch samples/ (from t
 --beta is; of an autoencoder, the reconstruction alone. --resume with more --epochs stretches the learning rate's cycle.
 
 Measured on MNIST (torch 2.15, two cores of an AMD EPYC): test loss 102.99 nats, mean of seeds 0 to 2 (102.97, 102.91,
-103.09); with --bf16 102.96; log p(x) >= -99.31 with K = 100 (seed 0). 33,700 images/s, with --bf16 43,400, against
-11,360 of the plain way (tests/benchmark.py). Not yet run on a GPU.
+103.09); with --bf16 102.96; log p(x) >= -99.31 with K = 100 (seed 0). 23,500 images/s, with --bf16 26,800, against
+8,200 of a plain loop (tests/benchmark.py). Not yet run on a GPU.
 
 Differences from the paper:
 1. The learning rate makes one cycle, up to 5e-3 and down to 0: 2.7 nats better after ten epochs than Adam's 1e-3, which

@@ -1,6 +1,6 @@
 """Measures what the README reports; a command, not a test. Prints markdown rows.
 
-    python tests/benchmark.py speed [vae gan dcgan pix2pix]    images/s of the loop beside the plain way, one process
+    python tests/benchmark.py speed [vae gan dcgan pix2pix]    images/s of the loop beside a plain loop, one process
     python tests/benchmark.py gpu [vae gan ...]                the commands on a CUDA GPU, with and without --bf16, --compile
     python tests/benchmark.py torchrun [vae gan ...]           images/s of one process and of one for each core
     python tests/benchmark.py quality DIR [DIR ...]            folders of generated digits beside the MNIST test set
@@ -41,12 +41,12 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-# speed: the same networks, trained by the script's own train() and in the plain way
+# speed: the same networks, trained by the script's own train() and by a plain loop
 
 
 @contextlib.contextmanager
 def plain_memory():
-    """Takes away the large pages that common.py asks for and that the plain way does without, where there are such."""
+    """Takes away the large pages that common.py asks for and that the plain loop does without, where there are such."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc:
         libc.malloc_trim(0)  # gives back the pages of what ran before
@@ -561,7 +561,7 @@ def main():
     parser.add_argument("what", nargs="*", help="quality, facades: folders of images; else scripts, left out: all")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--rounds", type=int, default=3, help="speed: measurements, of which the median counts")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.table in ("quality", "facades") and not args.what:
         parser.error("name the folders of images")
     globals()[args.table](args)

@@ -75,10 +75,9 @@ def test_command_runs_as_typed(command, done):
 
 
 def test_pictures_are_there_and_small():
-    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
-    assert len(pictures) >= 5
-    for picture in pictures:
-        assert (ROOT / picture).stat().st_size < 300_000
+    pictures = re.findall(r'[("](\.github/[^)"]+)[)"]', README)
+    assert {ROOT / picture for picture in pictures} == {*(ROOT / ".github").iterdir()}
+    assert all((ROOT / picture).stat().st_size < 300_000 for picture in pictures)
 
 
 def test_the_table_counts_the_lines():
