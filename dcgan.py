@@ -196,8 +196,13 @@ class ImageFiles(Dataset):
             return f"{self.paths[i]}: {error}"
 
 
+def stacked(images):
+    """What ImageFiles gives for a batch as one tensor, so that workers pass one file on; or the first string in it."""
+    return next((image for image in images if isinstance(image, str)), None) or torch.stack(images)
+
+
 def whole(image):
-    """What ImageFiles gives; OSError if it is why there is no image."""
+    """What ImageFiles or stacked() gives; OSError if it is why there is no image."""
     if isinstance(image, str):
         raise OSError(image)
     return image
@@ -237,9 +242,9 @@ def batches(images, batch_size, device):
     if isinstance(images, torch.Tensor):
         parts = (images.index_select(0, index) for index in order)
     else:  # a generator of its own, or DataLoader would draw from the one that training draws from
-        options = dict(collate_fn=list, num_workers=WORKERS, generator=torch.Generator())
+        options = dict(collate_fn=stacked, num_workers=WORKERS, generator=torch.Generator())
         parts = DataLoader(images, batch_sampler=order.tolist(), **options)
-        parts = (torch.stack([whole(image) for image in part]).to(device) for part in parts)
+        parts = (whole(part).to(device) for part in parts)
     for x in parts:
         yield x.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
 
@@ -457,7 +462,7 @@ def sample(args):
         images = images[:, :, margin : args.image_size - margin, margin : args.image_size - margin]
         for n, image in enumerate(images, first):
             to_pil_image(image.add(1).mul(127.5).round().byte()).save(folder / f"{n:05d}.png")
-        grid += images if args.interpolate else images[: max(0, 64 - first)]
+        grid.extend(images if args.interpolate else images[: max(0, 64 - first)])
     save_grid(grid, folder.with_suffix(".png"), columns)
     print(f"{len(z):,} images in {folder}, a grid in {folder}.png")
 
@@ -520,7 +525,7 @@ def main():
     except RuntimeError as error:
         if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             sys.exit(f"dcgan.py: error: --compile does not work here: {str(error).splitlines()[0]}")
-        if any(word in str(error) for word in ("out of memory", "allocate", "ALLOC_FAILED", "overflow")):
+        if any(word in str(error) for word in ("out of memory", "allocate", "ALLOC_FAILED", "overflowed")):
             sys.exit("dcgan.py: error: out of memory: lower --batch-size, --width, --image-size or --latent-dim")
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             sys.exit(f"dcgan.py: error: {str(error).splitlines()[0]} (did another process end? --resume goes on)")

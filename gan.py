@@ -373,7 +373,7 @@ def sample(args):
         images = generate(generator, z[first : first + 500].to(device)).cpu()
         for n, image in enumerate(images, first):
             to_pil_image(image.add(1).mul(127.5).round().byte()).save(folder / f"{n:05d}.png")
-        grid += images if args.interpolate else images[: max(0, 64 - first)]
+        grid.extend(images if args.interpolate else images[: max(0, 64 - first)])
     save_grid(grid, folder.with_suffix(".png"), columns)
     print(f"{len(z):,} images in {folder}, a grid in {folder}.png")
 
@@ -436,7 +436,7 @@ def main():
     except RuntimeError as error:
         if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             sys.exit(f"gan.py: error: --compile does not work here: {str(error).splitlines()[0]}")
-        if any(word in str(error) for word in ("out of memory", "allocate", "ALLOC_FAILED", "overflow")):
+        if any(word in str(error) for word in ("out of memory", "allocate", "ALLOC_FAILED", "overflowed")):
             sys.exit("gan.py: error: out of memory: lower --batch-size, --width or --latent-dim")
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             sys.exit(f"gan.py: error: {str(error).splitlines()[0]} (did another process end? --resume goes on)")

@@ -253,8 +253,13 @@ class PairFiles(Dataset):
             return f"{self.pairs[i][0]}: {error}"
 
 
+def stacked(pairs):
+    """What PairFiles gives for a batch as one tensor, so that workers pass one file on; or the first string in it."""
+    return next((pair for pair in pairs if isinstance(pair, str)), None) or torch.stack(pairs)
+
+
 def whole(pair):
-    """What PairFiles gives; OSError if it is why there is no pair."""
+    """What PairFiles or stacked() gives; OSError if it is why there is no pair."""
     if isinstance(pair, str):
         raise OSError(pair)
     return pair
@@ -324,9 +329,9 @@ def batches(pairs, args, device):
     if isinstance(pairs, torch.Tensor):
         parts = (pairs.index_select(0, index) for index in order)
     else:  # a generator of its own, or DataLoader would draw from the one that training draws from
-        options = dict(collate_fn=list, num_workers=WORKERS, generator=torch.Generator())
+        options = dict(collate_fn=stacked, num_workers=WORKERS, generator=torch.Generator())
         parts = DataLoader(pairs, batch_sampler=order.tolist(), **options)
-        parts = (torch.stack([whole(pair) for pair in part]).to(device) for part in parts)
+        parts = (whole(part).to(device) for part in parts)
     for part in parts:
         yield split_pairs(jitter(part, args.image_size) if args.jitter else part, args.direction)
 
@@ -681,7 +686,7 @@ def main():
     except RuntimeError as error:
         if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             sys.exit(f"pix2pix.py: error: --compile does not work here: {str(error).splitlines()[0]}")
-        if any(word in str(error) for word in ("out of memory", "allocate", "ALLOC_FAILED", "overflow")):
+        if any(word in str(error) for word in ("out of memory", "allocate", "ALLOC_FAILED", "overflowed")):
             sys.exit("pix2pix.py: error: out of memory: lower --batch-size, --width or --image-size")
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             sys.exit(f"pix2pix.py: error: {str(error).splitlines()[0]} (did another process end? --resume goes on)")

@@ -410,7 +410,7 @@ def sample(args):
         images = decode(model, z[first : first + 500]).cpu()
         for n, image in enumerate(images, first):
             to_pil_image(image.mul(255).round().byte()).save(folder / f"{n:05d}.png")
-        grid += images if args.interpolate else images[: max(0, 64 - first)]
+        grid.extend(images if args.interpolate else images[: max(0, 64 - first)])
     save_grid(grid, folder.with_suffix(".png"), columns, value_range=(0, 1))
     print(f"{len(z):,} images in {folder}, a grid in {folder}.png")
 
@@ -479,7 +479,7 @@ def main():
     except RuntimeError as error:
         if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             sys.exit(f"vae.py: error: --compile does not work here: {str(error).splitlines()[0]}")
-        if any(word in str(error) for word in ("out of memory", "allocate", "ALLOC_FAILED", "overflow")):
+        if any(word in str(error) for word in ("out of memory", "allocate", "ALLOC_FAILED", "overflowed")):
             sys.exit("vae.py: error: out of memory: lower --batch-size, --hidden-dim or --latent-dim")
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             sys.exit(f"vae.py: error: {str(error).splitlines()[0]} (did another process end? --resume goes on)")

@@ -355,7 +355,7 @@ def torchrun(args):
         "pix2pix": "--dataset facades --image-size 64 --width 32 --epochs 2",
     }
     cores, launch = torch.get_num_threads(), ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    print(f"| images/s | one process of one core | one of {cores} | {cores} of one |")
+    print(f"| images/s | 1 process, 1 core | 1 process, {cores} cores | {cores} processes, 1 core each |")
     print("| --- | --- | --- | --- |")
     for name in args.what or runs:
         command = [f"{name}.py", *runs[name].split(), "--data-dir", os.path.abspath(args.data_dir)]

@@ -521,7 +521,7 @@ def test_a_network_that_never_answers_shows_within_seconds(tmp_path, monkeypatch
     + [(f"--lr {value}", "--lr") for value in ("0", "-1", "nan", "inf", "1e400", "fast")]
     + [("--seed -1", "--seed"), ("--seed 1e400", "--seed"), ("--interpolate 3", "--sample"), ("--interpolate 0", "--interpolate")]
     + [("--image-size 33", "32 or 40"), ("--image-size 7", "8"), ("--image-size 20", "28"), ("--channels 2", "--channels")]
-    + [("--channels 3", "folder"), ("--dataset imagenet", "--dataset"), ("--batch-size 257", "--batch-size"), ("--width 999999999", "memory")]
+    + [("--channels 3", "folder"), ("--dataset imagenet", "--dataset"), ("--batch-size 257", "too few"), ("--width 999999999", "memory")]
     + [("--dataset folder --data-dir missing", "missing"), ("--dataset folder --data-dir nothing", "nothing")]
     + [("--out-dir file", "file"), ("--out-dir file/below", "file/below"), ("--out-dir /proc/nowhere", "/proc/nowhere")],
 )

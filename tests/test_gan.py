@@ -472,7 +472,7 @@ def test_nothing_said_and_no_network(tmp_path, monkeypatch, capsys):
     [(f"{flag} {value}", flag) for flag in ("--epochs", "--batch-size", "--width", "--latent-dim", "--num-samples") for value in ("0", "-1", "1e400", "two")]
     + [(f"--lr {value}", "--lr") for value in ("0", "-1", "nan", "inf", "1e400", "fast")]
     + [("--seed -1", "--seed"), ("--seed 1e400", "--seed"), ("--interpolate 3", "--sample"), ("--interpolate 0", "--interpolate")]
-    + [("--d-steps 0", "--d-steps"), ("--batch-size 1", "--batch-size"), ("--d-steps 5", "256 images"), ("--dataset cifar10", "--dataset"), ("--batch-size 257", "--batch-size"), ("--width 999999999", "memory")]
+    + [("--d-steps 0", "--d-steps"), ("--batch-size 1", "--batch-size"), ("--d-steps 5", "256 images"), ("--dataset cifar10", "--dataset"), ("--batch-size 257", "too few"), ("--width 999999999", "memory")]
     + [("--out-dir file", "file"), ("--out-dir file/below", "file/below"), ("--out-dir /proc/nowhere", "/proc/nowhere")],
 )
 def test_bad_flags_are_refused_in_one_line(flags, word, data_dir, tmp_path, monkeypatch, capsys):

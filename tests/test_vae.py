@@ -372,7 +372,7 @@ def test_nothing_said_and_no_network(tmp_path, monkeypatch, capsys):
     "flags, word",
     [(f"{flag} {value}", flag) for flag in ("--epochs", "--batch-size", "--hidden-dim", "--latent-dim", "--importance-samples") for value in ("0", "1e400", "two")]
     + [(f"{flag} {value}", flag) for flag in ("--lr", "--beta") for value in ("0", "-1", "nan", "inf")]
-    + [("--dataset cifar10", "--dataset"), ("--batch-size 257", "--batch-size"), ("--interpolate 3", "--sample"), ("--hidden-dim 8000000000", "memory")]
+    + [("--dataset cifar10", "--dataset"), ("--batch-size 257", "too few"), ("--interpolate 3", "--sample"), ("--hidden-dim 8000000000", "memory")]
     + [("--out-dir file", "file"), ("--sample a --eval b", "exclude")],
 )
 def test_bad_flags_are_refused_in_one_line(flags, word, data_dir, tmp_path, monkeypatch, capsys):
