@@ -153,9 +153,15 @@ def test_metrics_are_means_over_both(watched, flags, tmp_path):
 
 
 def test_one_process_writes_and_speaks(watched):
-    _, out_dir, _, done = watched
+    _, out_dir, seen, done = watched
     lines = done.stdout.splitlines()
     assert len(lines) == 3 and "epoch 1/2" in lines[1] and "epoch 2/2" in lines[2]
+    header, *rows = csv.reader((out_dir / "metrics.csv").open())
+    for line, row in zip(lines[1:], rows):
+        for name, value in zip(header[1:-2], row[1:-2]):
+            assert float(re.search(rf"\b{name} (\S+)", line)[1]) == pytest.approx(float(value), abs=0.006), name
+    images = sum(len(x) for part in seen for x in part["batches"][0])
+    assert float(rows[0][-2]) * float(rows[0][-1]) == pytest.approx(images)  # images_per_second counts those of both
     assert [path.name for path in sorted((out_dir / "samples").iterdir())] == ["epoch_0001.png", "epoch_0002.png"]
     assert not [path for path in out_dir.parent.iterdir() if path.name not in ("run", "0.pt", "1.pt", "watched.py")]
 
