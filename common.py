@@ -2,32 +2,41 @@
 
 import os
 import sys
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from torchvision.utils import save_image
-
-# Large tensors in large pages (Linux; PyTorch reads it at its first allocation): dcgan.py --bf16 at 64x64 is a tenth
-# faster on a CPU, other sizes about the same.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def select_device(cuda):
     """The GPU if `cuda` is set and there is one, else the CPU, with a warning on stderr.
 
-    Under torchrun each process takes a GPU of its own; OSError if there are too few."""
+    One of several processes under torchrun (WORLD_SIZE) joins the others here, each on a GPU of its own; with fewer
+    GPUs than processes the program ends with one line."""
     rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cpu")
     if cuda and torch.cuda.is_available():
-        if rank >= torch.cuda.device_count():
-            raise OSError(f"--cuda: {torch.cuda.device_count()} GPUs here, so --nproc-per-node is at most that")
-        torch.cuda.set_device(rank)
-        torch.backends.cudnn.benchmark = True  # shapes never change, so the search for the fastest kernel pays
-        return torch.device("cuda", rank)
-    if cuda and rank == 0:
+        gpus = torch.cuda.device_count()
+        if rank >= gpus:
+            sys.exit(f"error: --cuda: this machine has {gpus} GPUs, so --nproc-per-node is at most {gpus}")
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # shapes never change: look for the fastest kernel once
+        torch.set_float32_matmul_precision("high")  # TF32 in linear layers; convolutions have it anyway
+    elif cuda and rank == 0:
         print("warning: --cuda: PyTorch finds no CUDA GPU here, using the CPU", file=sys.stderr)
-    return torch.device("cpu")
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # Two hours must outlast what the others wait for: a download, the first process's evaluation.
+        gpu = device if device.type == "cuda" else None
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2), device_id=gpu)
+    return device
 
 
 def save_grid(images, path, columns=8, value_range=(-1, 1)):
-    """Writes images, (N, C, H, W) or a list, to one picture, row by row. `value_range` is what black and white stand
-    for: fixed, not the minimum and maximum of the images, so that contrast can be compared between pictures."""
+    """Writes images, (N, C, H, W) or a list of (C, H, W), to one picture, row by row.
+
+    `value_range` is what black and white stand for: fixed, not the minimum and maximum of the images, so that contrast
+    can be compared between pictures."""
     save_image(images, path, nrow=columns, normalize=True, value_range=value_range)
