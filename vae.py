@@ -5,21 +5,18 @@ deterministic twin, the autoencoder.
     python vae.py --latent-dim 2                                     ends with the paper's figure 4, manifold.png
     python vae.py --autoencoder                                      z = the mean, no KL term
     torchrun --nproc-per-node 8 vae.py --cuda                        eight GPUs, --batch-size is that of each
+    python vae.py --resume runs/vae/checkpoint.pt --epochs 12        go on, the rate's cycle stretched
     python vae.py --sample runs/vae/checkpoint.pt --num-samples 10000
     python vae.py --sample runs/vae/checkpoint.pt --interpolate 8
     python vae.py --eval runs/vae/checkpoint.pt --importance-samples 5000
 
 Writes to runs/vae: checkpoint.pt, metrics.csv, and every epoch samples/ (from the same noise) and reconstructions/
 (held-out images above their reconstructions). The metrics are the negative ELBO and its terms, nats an image, whatever
---beta is; of an autoencoder, the reconstruction alone. --resume with more --epochs stretches the learning rate's cycle.
-
-Measured on MNIST (torch 2.15, two cores of an AMD EPYC): test loss 102.99 nats, mean of seeds 0 to 2 (102.97, 102.91,
-103.09); with --bf16 102.96; log p(x) >= -99.31 with K = 100 (seed 0). 23,500 images/s, with --bf16 26,800, against
-8,200 of a plain loop (tests/benchmark.py). Not yet run on a GPU.
+--beta is; of an autoencoder, the reconstruction alone.
 
 Differences from the paper:
-1. The learning rate makes one cycle, up to 5e-3 and down to 0: 2.7 nats better after ten epochs than Adam's 1e-3, which
-   --constant-lr gives (105.72; 105.69 with --bf16).
+1. The learning rate makes one cycle (Smith & Topin 2018, arXiv:1708.07120), up to 5e-3 and down to 0; --constant-lr is
+   Adam's 1e-3.
 2. Adam, not Adagrad; ReLU, not tanh; PyTorch's initial weights, no weight decay; 400 hidden units, not 500; batches of
    128, not 100, the last partial one of an epoch dropped: as public implementations have it.
 3. Gray values in [0, 1] serve as Bernoulli targets, not binarized. That is no density of gray values, so these bounds
@@ -27,18 +24,15 @@ Differences from the paper:
 """
 
 import argparse
-import contextlib
-import io
+import csv
 import itertools
+import json
 import math
 import os
-import shutil
-import signal
 import socket
 import sys
 import time
-import zipfile
-from datetime import timedelta
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -46,146 +40,31 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from common import save_grid, select_device
 
-FORMAT = "vae 1"  # marks a checkpoint: one of another script, or of another version, is refused
-NETWORK = ("dataset", "hidden_dim", "latent_dim", "autoencoder")  # what a checkpoint fixes
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says, else one
-TERMINAL = sys.stdout is not None and sys.stdout.isatty()  # else no progress is shown within an epoch
-
-
-def above(low, kind=int, high=2**33):
-    def number(text):
-        if not low < kind(text) < high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return kind(text)
-
-    return number
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser("vae.py", argparse.SUPPRESS)  # no usage, which would go before every error
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=above(0), default=10, metavar="N", help="passes over the training set (%(default)s)")
-    add("--batch-size", type=above(0), default=128, metavar="N", help="images per step and process (%(default)s)")
-    add("--lr", type=above(0, float, math.inf), metavar="X", help="default: 5e-3 at the peak, 1e-3 with --constant-lr")
-    add("--constant-lr", action=argparse.BooleanOptionalAction, default=False, help="a constant rate, not one cycle")
-    add("--beta", type=above(0, float, math.inf), default=1.0, metavar="X", help="weight of the KL term (%(default)s)")
-    add("--seed", type=above(-1), default=0, metavar="N", help="one seed repeats a CPU run to the bit (%(default)s)")
-    add("--cuda", action="store_true", help="train on the GPU; under torchrun, each process on its own")
-    add("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks")
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=("mnist", "fashion-mnist", "synthetic"), help="default: mnist, or synthetic if offline")
-    add("--data-dir", default="data", metavar="DIR", help="where the data sets are")
-    add = parser.add_argument_group("networks").add_argument
-    add("--latent-dim", type=above(0), default=20, metavar="N", help="size of z (%(default)s)")
-    add("--hidden-dim", type=above(0), default=400, metavar="N", help="units of the hidden layers (%(default)s)")
-    add("--autoencoder", action="store_true", help="the deterministic twin: z is the mean, and there is no KL term")
-    add = parser.add_argument_group("files").add_argument
-    add("--out-dir", type=Path, metavar="DIR", help="where to write; default: the first free of runs/vae, -2, ...")
-    add("--resume", type=Path, metavar="CKPT", help="continue from that checkpoint, in its folder")
-    add("--sample", type=Path, metavar="CKPT", help="no training: write images from that checkpoint, to its folder")
-    add("--num-samples", type=above(0), default=64, metavar="N", help="how many images --sample writes (%(default)s)")
-    add("--interpolate", type=above(0), metavar="N", help="with --sample: N walks between two held-out images instead")
-    add("--eval", type=Path, metavar="CKPT", help="no training: print the bound on log p(x) of that checkpoint")
-    add("--importance-samples", type=above(0), default=100, metavar="K", help="draws of z for --eval (%(default)s)")
-
-    args, checkpoint = parser.parse_args(argv), None
-    path = args.resume or args.sample or args.eval
-    try:
-        if sum(map(bool, (args.resume, args.sample, args.eval))) > 1 or args.interpolate and not args.sample:
-            raise ValueError("--interpolate needs --sample; --resume, --sample and --eval exclude each other")
-        if path:  # its arguments become the defaults, so that no other flag is needed
-            checkpoint = load_checkpoint(path)
-            parser.set_defaults(out_dir=path.parent, **checkpoint["args"])
-            args = parser.parse_args(argv)
-            for name in (*NETWORK, "seed") if args.resume else NETWORK:
-                if getattr(args, name) != checkpoint["args"][name]:
-                    raise ValueError(f"--{name.replace('_', '-')} is fixed by {path}: leave it out")
-        if args.autoencoder and (args.eval or args.sample and not args.interpolate):
-            raise ValueError(f"{path} is an autoencoder: no prior to sample from, no likelihood; try --interpolate")
-        args.checkpoint, args.data_dir = checkpoint, os.path.abspath(args.data_dir)  # to resume from another folder
-        args.training = not (args.sample or args.eval)
-        written = args.out_dir and args.out_dir / "checkpoint.pt"
-        if args.training and written and written.exists() and not (args.resume and args.resume.samefile(written)):
-            raise ValueError(f"{args.out_dir} holds a run: --resume {written}, or choose another --out-dir")
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    return args
-
-
-def load_images(args, device):
-    """The training and the held-out images: two uint8 tensors (N, 784) on the device.
-
-    Where no set was named and MNIST cannot be had, warns and sets args.dataset to synthetic. Raises OSError if a
-    named set is neither there nor downloadable."""
-    if args.dataset != "synthetic":
-        name = args.dataset or "mnist"
-        kind = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}[name]
-        socket.setdefaulttimeout(10)  # seconds; torchvision sets none, and a dead network would hang
-        try:
-            images = [kind(args.data_dir, train=train, download=True).data for train in (True, False)]
-            args.dataset = name
-        except Exception as error:  # no network, no room, a truncated file: torchvision raises many kinds
-            why = " ".join(str(error).split())
-            reason = f"{name} is not in {args.data_dir}, or not whole, and its download failed ({why})"
-            if args.dataset or RANKS > 1:  # or some of the processes could train on another set
-                raise OSError(f"{reason}: put it there, or choose another --data-dir or --dataset") from error
-            print(f"warning: {reason}, training on synthetic digits", file=sys.stderr)
-            args.dataset = "synthetic"
-    if args.dataset == "synthetic":
-        images = [synthetic_digits(20_000, seed=0), synthetic_digits(2_000, seed=1)]
-    return [part.flatten(1).to(device) for part in images]
-
-
-def synthetic_digits(count, seed):
-    """`count` digits in Pillow's own font, randomly turned, scaled, slanted and moved: uint8 (count, 28, 28)."""
-    glyphs = []
-    for digit in "0123456789":
-        glyphs.append(Image.new("L", (28, 28)))
-        ImageDraw.Draw(glyphs[-1]).text((14, 14), digit, 255, ImageFont.load_default(26), anchor="mm")
-    random = torch.Generator().manual_seed(seed)
-    glyphs = torch.stack([pil_to_tensor(glyph).float() for glyph in glyphs])
-    glyphs = glyphs[torch.randint(10, (count,), generator=random)]
-    turn, slant, wide, tall, right, down = torch.empty(6, count).uniform_(-1, 1, generator=random)
-    wide, tall, sin, cos = 1.1 + 0.2 * wide, 1.1 + 0.15 * tall, torch.sin(turn / 4), torch.cos(turn / 4)
-    warp = torch.stack([wide * cos, wide * (slant / 3 - sin), right / 6, tall * sin, tall * cos, down / 6], 1)
-    grid = F.affine_grid(warp.view(count, 2, 3), [count, 1, 28, 28], align_corners=False)
-    return F.grid_sample(glyphs, grid, align_corners=False).round().byte().squeeze(1)
-
-
-def batches(images, batch_size):
-    """One epoch in random order, dealt out to the processes, the last partial batch dropped:
-    floats (batch_size, 784) in [0, 1]."""
-    order = torch.randperm(len(images)).to(images.device)
-    if RANKS > 1:
-        dist.broadcast(order, 0)
-    steps = len(images) // (batch_size * RANKS)
-    order = order[: steps * RANKS * batch_size].view(steps, RANKS, batch_size)[:, RANK]
-    for index in order:
-        yield images.index_select(0, index).float().div_(255)
+NAME = Path(__file__).stem  # names the run's folder and its checkpoints
+RANK = int(os.environ.get("RANK", 0))  # which of torchrun's processes this is
+RANKS = int(os.environ.get("WORLD_SIZE", 1))  # and of how many
 
 
 class VAE(nn.Module):
-    """Encoder q(z|x) = N(mean, exp(logvar)) and decoder p(x|z) = Bernoulli(sigmoid(logits)), both MLPs (appendix C)."""
+    """Encoder q(z|x) = N(mean, exp(logvar)) and decoder p(x|z), both MLPs with one hidden layer: appendix C."""
 
-    def __init__(self, hidden_dim, latent_dim, autoencoder=False):
+    def __init__(self, width, latent_dim, autoencoder=False, pixels=784):
         super().__init__()
         self.autoencoder = autoencoder
-        self.encoder = nn.Sequential(nn.Linear(784, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 2 * latent_dim))
-        self.decoder = nn.Sequential(nn.Linear(latent_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 784))
+        self.encoder = nn.Sequential(nn.Linear(pixels, width), nn.ReLU(), nn.Linear(width, 2 * latent_dim))
+        self.decoder = nn.Sequential(nn.Linear(latent_dim, width), nn.ReLU(), nn.Linear(width, pixels))
 
     def encode(self, x):
-        """x (B, 784) in [0, 1] to mean and logvar, each (B, latent_dim)."""
+        """x (B, pixels) in [0, 1] to mean and logvar, each (B, latent_dim)."""
         return self.encoder(x).float().chunk(2, dim=1)
 
     def forward(self, x, epsilon):
-        """x (B, 784) in [0, 1] and epsilon (B, latent_dim) from N(0, I) to logits (B, 784), mean and logvar."""
+        """x (B, pixels) in [0, 1] and epsilon (B, latent_dim) from N(0, I) to logits (B, pixels), mean and logvar."""
         mean, logvar = self.encode(x)
         z = mean if self.autoencoder else reparameterize(mean, logvar, epsilon)
         return self.decoder(z).float(), mean, logvar
@@ -197,164 +76,135 @@ def reparameterize(mean, logvar, epsilon):
 
 
 def reconstruction_loss(logits, x):
-    """-log p(x|z), nats: the Bernoulli cross-entropy (app. C.1), summed over pixels, averaged over the batch."""
-    return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
+    """-log p(x|z), nats, of x (B, pixels) and logits (..., B, pixels): (..., B). A Bernoulli distribution for each pixel
+    (app. C.1), summed over the pixels; its mean, what a picture shows, is sigmoid(logits)."""
+    return F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none").sum(-1)
 
 
 def kl_divergence(mean, logvar):
-    """KL(q(z|x) || N(0, I)), nats: appendix B, summed over latent dimensions, averaged over the batch."""
-    return -0.5 * (1 + logvar - mean.square() - logvar.exp()).sum() / len(mean)
+    """KL(q(z|x) || N(0, I)), nats, of (B, latent_dim): (B,). Appendix B, summed over the latent dimensions."""
+    return -0.5 * (1 + logvar - mean.square() - logvar.exp()).sum(-1)
 
 
-def one_cycle(progress):
-    """Learning rate as a share of its peak, at `progress` from 0 to 1: a cosine from 0.04 to 1 for the first 30 %, then
-    one down to 0. The shape of PyTorch's OneCycleLR, momentum left alone (Smith & Topin 2018, arXiv:1708.07120)."""
-    if progress < 0.3:
-        return 0.52 - 0.48 * math.cos(math.pi * progress / 0.3)
-    return 0.5 + 0.5 * math.cos(math.pi * (progress - 0.3) / 0.7)
-
-
-@torch.no_grad()
-def evaluate(model, images, seed):
-    """Means over images, uint8 (N, 784), in nats: the negative ELBO, with z sampled, and its two terms."""
-    random = torch.Generator(images.device).manual_seed(seed)
-    sums = torch.zeros(3, dtype=torch.float64, device=images.device)
-    for n, part in enumerate(images.split(1000)):
-        epsilon = torch.randn(len(part), model.decoder[0].in_features, generator=random, device=images.device)
-        if n % RANKS != RANK:
-            continue
-        x = part.float().div(255)
-        logits, mean, logvar = model.forward(x, epsilon)  # uncompiled, also with --compile
-        reconstruction, kl = reconstruction_loss(logits, x), kl_divergence(mean, logvar)
-        sums += len(x) * torch.stack([reconstruction + kl, reconstruction, kl]).double()
-    if RANKS > 1:
-        dist.all_reduce(sums)
-    return (sums / len(images)).tolist()
-
-
-def parallel(module):
-    """`module`, its gradients averaged over torchrun's processes if there are several."""
-    if RANKS > 1:
-        module = DistributedDataParallel(module)
-        module.broadcast_buffers = False  # or a second forward would change BatchNorm's before the backward
-    return module
-
-
-def train(args):
+def train(args, checkpoint):
+    # Under torchrun each process has its share of the images, and all make as many steps.
     device = select_device(args.cuda)
-    if RANKS > 1:  # torchrun ends all when one fails; the timeout is for a lost machine, and must outlast the decoding
-        gpu = device if device.type == "cuda" else None
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2), device_id=gpu)
-    if RANK:
-        dist.barrier()  # the first process downloads, the others find the files
-    images, held_out = load_images(args, device)
-    if RANKS > 1 and RANK == 0:
-        dist.barrier()
-    steps = len(images) // (args.batch_size * RANKS)
-    if steps == 0:
-        reason = f"--batch-size: {args.dataset} has {len(images):,} images, too few for a step"
-        raise argparse.ArgumentError(None, reason)
+    images, held_out = (part.to(device) for part in load_images(args))
+    steps = fewest(len(images) // args.batch_size, device)
 
     torch.manual_seed(args.seed)
-    model = VAE(args.hidden_dim, args.latent_dim, args.autoencoder).to(device)
+    fixed_noise = torch.randn(64, args.latent_dim).to(device)
+    model = VAE(args.width, args.latent_dim, args.autoencoder).to(device)
     peak = args.lr or (1e-3 if args.constant_lr else 5e-3)
     optimizer = torch.optim.Adam(model.parameters(), peak, fused=True)
-    fixed_noise = torch.randn(64, args.latent_dim, generator=torch.Generator().manual_seed(args.seed)).to(device)
-    if args.compile:  # the same random numbers as without it
-        model.compile(options={"fallback_random": True, "triton.cudagraphs": device.type == "cuda"})
-    ddp = parallel(model)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
-    metrics = ("train_loss", "test_loss", "test_reconstruction", "test_kl")  # loss: the negative ELBO, nats an image
-    if args.autoencoder:
-        metrics = ("train_reconstruction", "test_reconstruction")
+    if args.compile:
+        model.compile()
 
-    parts = dict(model=model, optimizer=optimizer)
-    start, seconds, rows = 0, 0.0, []
-    if args.checkpoint:
-        start, seconds, rows = (args.checkpoint[name] for name in ("epoch", "seconds", "metrics"))
+    # Go on where the checkpoint stopped; the rate's cycle ends with --epochs as they are now.
+    parts = {"model": model, "optimizer": optimizer}
+    rows, seconds = [], 0.0
+    if checkpoint:
+        rows = checkpoint["metrics"]
+        seconds = rows[-1]["seconds"]
         for name, part in parts.items():
-            part.load_state_dict(args.checkpoint[name])
-        torch.set_rng_state(args.checkpoint["rng"])
-        if device.type == "cuda" and args.checkpoint["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(args.checkpoint["cuda_rng"], device)
-    if RANK == 0:
-        args.out_dir = args.out_dir or first_free(Path("runs/vae"))
-        (args.out_dir / "reconstructions").mkdir(parents=True, exist_ok=True)
-        if not args.autoencoder:
-            (args.out_dir / "samples").mkdir(exist_ok=True)
-    print(f"{args.dataset}: {len(images):,} images of 1x28x28, on {device.type}, to {args.out_dir}", flush=True)
-    if start >= args.epochs:
-        print(f"epoch {start} is done: raise --epochs to go on")
+            part.load_state_dict(checkpoint[name])
+    schedule = None
+    if not args.constant_lr:
+        options = {"total_steps": args.epochs * steps, "last_epoch": len(rows) * steps - 1}
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, cycle_momentum=False, **options)
 
-    for epoch in range(start + 1, args.epochs + 1):
-        if RANK:  # noise of its own, and the same when resumed; the checkpoint holds the first process's state
-            torch.manual_seed(hash((args.seed, epoch, RANK)))
-        totals = torch.zeros(3, device=device)
-        began = shown = time.perf_counter()
-        for step, x in enumerate(batches(images, args.batch_size), 1):
-            if args.compile:  # the last step's CUDA graphs may be overwritten
-                torch.compiler.cudagraph_mark_step_begin()
-            progress = ((epoch - 1) * steps + step - 1) / (args.epochs * steps)
-            optimizer.param_groups[0]["lr"] = peak if args.constant_lr else peak * one_cycle(progress)
+    if RANK == 0:
+        args.out_dir = args.out_dir or first_free(Path("runs", NAME))
+        make_folder(args.out_dir / "reconstructions")
+        if not args.autoencoder:
+            make_folder(args.out_dir / "samples")
+    where = f"process 1 of {RANKS}, on {device.type}"
+    print(f"{args.dataset}: {len(images):,} images in {where}, to {args.out_dir}", flush=True)
+    if len(rows) >= args.epochs:
+        print(f"epoch {len(rows)} is done: raise --epochs to go on")
+
+    for epoch in range(len(rows) + 1, args.epochs + 1):
+        # A seed for each epoch and process: a resumed run draws what an uninterrupted one draws.
+        torch.manual_seed(hash((args.seed, epoch, RANK)))
+        progress = Progress(epoch, args.epochs, steps, RANKS * args.batch_size)
+        for x in itertools.islice(batches(images, args.batch_size), steps):
+            # Algorithm 1: descend eq. 10 with its sign changed, one z for each image.
+            epsilon = torch.randn(args.batch_size, args.latent_dim, device=device)
             with autocast:
-                logits, mean, logvar = ddp(x, torch.randn(args.batch_size, args.latent_dim, device=device))
-            reconstruction, kl = reconstruction_loss(logits, x), kl_divergence(mean, logvar)
-            loss = reconstruction + (0 if args.autoencoder else args.beta * kl)  # eq. 10, its sign changed
+                logits, mean, logvar = model(x, epsilon)
+            reconstruction = reconstruction_loss(logits, x).mean()
+            kl = kl_divergence(mean, logvar).mean()
+            loss = reconstruction if args.autoencoder else reconstruction + args.beta * kl
             optimizer.zero_grad()
             loss.backward()
+            average_gradients(model)
             optimizer.step()
+            if schedule:
+                schedule.step()
 
-            totals += torch.stack([reconstruction + kl, reconstruction, kl]).detach()
-            if RANKS > 1 and step == steps:
-                dist.all_reduce(totals.div_(RANKS))
-            if step == steps or TERMINAL and time.perf_counter() - shown > 0.5:
-                trained = (totals / step).tolist()  # only here does the CPU wait for the GPU
-                shown = time.perf_counter()
-                rate = step * args.batch_size * RANKS / (shown - began)
-                left = timedelta(seconds=round((shown - began) / step * ((args.epochs - epoch + 1) * steps - step)))
-                tested = evaluate(model, held_out, args.seed) if step == steps else []
-                means = [trained[1], *tested[1:2]] if args.autoencoder else [trained[0], *tested]
-                losses = "  ".join(f"{name} {mean:.2f}" for name, mean in zip(metrics, means))
-                line = f"epoch {epoch}/{args.epochs}  {step}/{steps}  {losses}  {rate:,.0f} images/s  {left} left"
-                if TERMINAL:
-                    width = shutil.get_terminal_size().columns - 1
-                    print(f"\r{line[:width]:{width}}", end="", flush=True)
-        if not all(map(math.isfinite, means)):  # a weight that is not finite shows in the test loss
-            raise FloatingPointError(f"losses not finite in epoch {epoch}, which is not saved: lower --lr or --beta")
-        if RANK:
-            continue
-        seconds += shown - began
-        rows.append([epoch, *means, rate, seconds])
-        # The checkpoint comes last: a run killed before it does the whole epoch again, and these files with it.
-        name = f"epoch_{epoch:04d}.png"
-        if not args.autoencoder:
-            save_grid(decode(model, fixed_noise), args.out_dir / "samples" / name, value_range=(0, 1))
-        x = held_out[:32].float().div(255)
-        pairs = torch.stack([x.view(-1, 8, 784), decode(model, model.encode(x)[0]).view(-1, 8, 784)], 1)  # rows of 8
-        save_grid(pairs.view(-1, 1, 28, 28), args.out_dir / "reconstructions" / name, value_range=(0, 1))
-        lines = [("epoch", *metrics, "images_per_second", "seconds"), *rows]
-        (args.out_dir / "metrics.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
-        checkpoint = {name: part.state_dict() for name, part in parts.items()}
-        checkpoint |= dict(format=FORMAT, epoch=epoch, seconds=seconds, metrics=rows, rng=torch.get_rng_state())
-        checkpoint["cuda_rng"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        kept = (*NETWORK, "epochs", "batch_size", "lr", "constant_lr", "beta", "seed", "bf16", "compile", "data_dir")
-        checkpoint["args"] = {name: getattr(args, name) for name in kept}
-        save_checkpoint(checkpoint, args.out_dir / "checkpoint.pt")
-        print(f"\r{line}" if TERMINAL else line, flush=True)
+            if args.autoencoder:
+                progress.add(train_reconstruction=reconstruction)
+            else:
+                progress.add(train_loss=reconstruction + kl)
+
+        metrics = progress.means()
+        seconds += progress.seconds
+        if not all(p.isfinite().all() for p in model.parameters()):
+            fail(f"weights not finite in epoch {epoch}, which is not saved: lower --lr or --beta")
+        if RANK == 0:
+            model.eval()
+            metrics |= evaluate(model, held_out, args)
+            rows.append({"epoch": epoch, **metrics, "images_per_second": progress.rate, "seconds": seconds})
+            # The checkpoint comes last: a run killed before it does the whole epoch again, and these files with it.
+            picture = f"epoch_{epoch:04d}.png"
+            x = held_out[:16].float().div(255)
+            pairs = torch.cat([x.view(-1, 1, 28, 28), decode(model, model.encode(x)[0])])
+            save_grid(pairs, args.out_dir / "reconstructions" / picture, len(x), value_range=(0, 1))
+            if not args.autoencoder:
+                save_grid(decode(model, fixed_noise), args.out_dir / "samples" / picture, value_range=(0, 1))
+            save_metrics(rows, args.out_dir / "metrics.csv")
+            save_checkpoint(parts, rows, args, args.out_dir / "checkpoint.pt")
+            progress.show(metrics)
+            model.train()
+
     if RANKS > 1:
         dist.destroy_process_group()
-
     if args.latent_dim == 2 and not args.autoencoder and RANK == 0:
-        # figure 4: the unit square through the Gaussian's quantiles
+        # Figure 4: the unit square through the Gaussian's quantiles, z_1 to the right and z_2 upwards.
         quantiles = torch.special.ndtri((torch.arange(20) + 0.5) / 20)
-        z = torch.cartesian_prod(-quantiles, quantiles).flip(1).to(device)  # z_2 upwards, z_1 to the right
-        save_grid(decode(model, z), args.out_dir / "manifold.png", columns=20, value_range=(0, 1))
+        z = torch.cartesian_prod(-quantiles, quantiles).flip(1).to(device)
+        save_grid(decode(model.eval(), z), args.out_dir / "manifold.png", columns=20, value_range=(0, 1))
+
+
+def average_gradients(network):
+    """Replaces the gradients by their means over torchrun's processes, so that all make the same step."""
+    if RANKS > 1:
+        for p in network.parameters():
+            dist.all_reduce(p.grad)
+            p.grad /= RANKS
 
 
 @torch.no_grad()
 def decode(model, z):
-    """z (B, latent_dim) to images (B, 1, 28, 28) in [0, 1]: the means of p(x|z)."""
+    """z (..., latent_dim) to the means of p(x|z), images (N, 1, 28, 28) in [0, 1]."""
     return model.decoder(z).sigmoid().view(-1, 1, 28, 28)
+
+
+@torch.no_grad()
+def evaluate(model, images, args):
+    """Means over images, uint8 (N, 784), in nats: the negative ELBO, with z sampled, and its two terms."""
+    random = torch.Generator(images.device).manual_seed(args.seed)
+    terms = []
+    for part in images.split(1000):
+        x = part.float().div(255)
+        epsilon = torch.randn(len(x), args.latent_dim, generator=random, device=x.device)
+        logits, mean, logvar = model.forward(x, epsilon)  # not compiled anew for this mode and size
+        terms.append(torch.stack([reconstruction_loss(logits, x), kl_divergence(mean, logvar)]))
+    reconstruction, kl = torch.cat(terms, 1).double().mean(1).tolist()
+    if args.autoencoder:
+        return {"test_reconstruction": reconstruction}
+    return {"test_loss": reconstruction + kl, "test_reconstruction": reconstruction, "test_kl": kl}
 
 
 @torch.no_grad()
@@ -363,127 +213,305 @@ def log_likelihood_bound(model, x, count, random):
 
     The logarithm of the mean of `count` weights p(x, z) / q(z|x) with z ~ q(z|x), 50 at a time to bound the memory."""
     mean, logvar = model.encode(x)
-    log_sum = torch.full((len(x),), -math.inf, device=x.device)
+    log_weights = []
     for first in range(0, count, 50):
         epsilon = torch.randn(min(50, count - first), *mean.shape, generator=random, device=x.device)
         z = reparameterize(mean, logvar, epsilon)  # (50, B, latent_dim)
-        logits = model.decoder(z)  # (50, B, 784)
-        log_px_z = -F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none").sum(2)
-        log_pz_qz = 0.5 * (epsilon.square() + logvar - z.square()).sum(2)  # the two 2 pi cancel
-        log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_px_z + log_pz_qz, 0))
-    return log_sum - math.log(count)
+        log_px_z = -reconstruction_loss(model.decoder(z), x)  # (50, B)
+        log_pz_qz = 0.5 * (epsilon.square() + logvar - z.square()).sum(-1)  # the two 2 pi cancel
+        log_weights.append(log_px_z + log_pz_qz)
+    return torch.logsumexp(torch.cat(log_weights), 0) - math.log(count)
 
 
-def evaluate_checkpoint(args):
+def evaluate_checkpoint(args, checkpoint):
     device = select_device(args.cuda)
-    model = restore(args, device)
-    images, bounds = load_images(args, device)[1], []
+    model = restore(args, checkpoint, device)
     random = torch.Generator(device).manual_seed(args.seed)
-    for first in range(0, len(images), 100):
-        if TERMINAL:
-            print(f"\r{first:,} of {len(images):,} images", end="", flush=True)
-        x = images[first : first + 100].float().div(255)
-        bounds.append(log_likelihood_bound(model, x, args.importance_samples, random))
+    bounds = []
+    for part in load_images(args)[1].to(device).split(100):
+        bounds.append(log_likelihood_bound(model, part.float().div(255), args.importance_samples, random))
+        if sys.stdout.isatty():
+            print(f"{100 * len(bounds):,} images", end="\r", flush=True)
     bounds = torch.cat(bounds).double()
     error = bounds.std() / math.sqrt(len(bounds))
-    print(f"\r{args.dataset}: log p(x) >= {bounds.mean():.2f} nats, mean of {len(bounds):,} held-out images", end=" ")
+    print(f"{args.dataset}: log p(x) >= {bounds.mean():.2f} nats, mean of {len(bounds):,} held-out images", end=" ")
     print(f"({args.importance_samples} importance samples, standard error over the images {error:.2f})")
 
 
-@torch.no_grad()
-def sample(args):
+def sample(args, checkpoint):
     device = select_device(args.cuda)
-    model = restore(args, device)
+    model = restore(args, checkpoint, device)
+    torch.manual_seed(args.seed)
+    z, name, columns = torch.randn(args.num_samples, args.latent_dim), "generated", 8
     if args.interpolate:
-        x = load_images(args, device)[1][: 2 * args.interpolate].float().div(255)
-        if len(x) < 2 * args.interpolate:
-            raise argparse.ArgumentError(None, f"--interpolate: only {len(x):,} held-out images, two a walk: try fewer")
-        a, b = model.encode(x)[0].chunk(2)  # image i to image N + i, straight: encodings fill the space between them
-        z = torch.lerp(a[:, None], b[:, None], torch.linspace(0, 1, 10, device=device)[:, None]).flatten(0, 1)
-        columns, folder = 10, first_free(args.out_dir / "interpolation")
+        z, name, columns = walks(model, load_images(args)[1].to(device), args.interpolate), "interpolation", 10
+    images = torch.cat([decode(model, part.to(device)).cpu() for part in z.split(500)])
+    folder = first_free(args.out_dir / name)
+    for n, image in enumerate(images):
+        to_pil_image(image.mul(255).round().byte()).save(folder / f"{n:05d}.png")
+    save_grid(images if args.interpolate else images[:64], folder.with_suffix(".png"), columns, value_range=(0, 1))
+    print(f"{len(images):,} images in {folder}, a grid in {folder}.png")
+
+
+@torch.no_grad()
+def walks(model, images, count):
+    """z (10 * count, latent_dim): from the encoding of an image straight to another's, ten points each."""
+    if len(images) < 2 * count:
+        fail(f"--interpolate: {len(images):,} held-out images are too few, two a walk")
+    a, b = model.encode(images[: 2 * count].float().div(255))[0].view(2, count, 1, -1)
+    t = torch.linspace(0, 1, 10, device=images.device)[:, None]
+    return torch.lerp(a, b, t).flatten(0, 1)
+
+
+def restore(args, checkpoint, device):
+    model = VAE(args.width, args.latent_dim, args.autoencoder).to(device)
+    model.load_state_dict(checkpoint["model"])
+    return model.eval()
+
+
+def load_images(args):
+    """This process's share of the training set, and the whole held-out set: uint8 (N, 784), each.
+
+    Where no set was named and MNIST cannot be had, warns and sets args.dataset to synthetic."""
+    kinds = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}
+    named = args.dataset
+    args.dataset = named or "mnist"
+    if args.dataset in kinds and RANK == 0:
+        socket.setdefaulttimeout(10)  # seconds; torchvision sets none, and a dead network would hang
+        try:
+            for train in (True, False):
+                kinds[args.dataset](args.data_dir, train, download=True)
+        except (OSError, RuntimeError, ValueError, AssertionError, EOFError, HTTPException) as error:
+            why = " ".join(str(error).split())
+            reason = f"no whole {args.dataset} in {args.data_dir}, and its download failed ({why})"
+            if named or RANKS > 1:  # never replaced, nor are several processes to find different sets
+                fail(f"{reason}: put it there, or choose another --data-dir")
+            print(f"warning: {reason}: training on synthetic digits", file=sys.stderr)
+            args.dataset = "synthetic"
+    if RANKS > 1:
+        dist.barrier()  # the first process has downloaded, the others find the files
+    if args.dataset == "synthetic":
+        images, held_out = synthetic_digits(20_000, seed=0), synthetic_digits(2_000, seed=1)
     else:
-        random = torch.Generator().manual_seed(args.seed)
-        z = torch.randn(args.num_samples, args.latent_dim, generator=random).to(device)
-        columns, folder = 8, first_free(args.out_dir / "generated")
-    grid = []
-    for first in range(0, len(z), 500):
-        images = decode(model, z[first : first + 500]).cpu()
-        for n, image in enumerate(images, first):
-            to_pil_image(image.mul(255).round().byte()).save(folder / f"{n:05d}.png")
-        grid.extend(images if args.interpolate else images[: max(0, 64 - first)])
-    save_grid(grid, folder.with_suffix(".png"), columns, value_range=(0, 1))
-    print(f"{len(z):,} images in {folder}, a grid in {folder}.png")
+        images, held_out = (kinds[args.dataset](args.data_dir, train).data for train in (True, False))
+    return images[RANK::RANKS].flatten(1), held_out.flatten(1)
 
 
-def restore(args, device):
-    model = VAE(args.hidden_dim, args.latent_dim, args.autoencoder)
-    model.load_state_dict(args.checkpoint["model"])
-    return model.to(device)
+def synthetic_digits(count, seed):
+    """`count` digits in Pillow's own font under random affine maps: uint8 (count, 28, 28)."""
+    glyphs = torch.zeros(10, 1, 28, 28)
+    for digit in range(10):
+        image = Image.new("L", (28, 28))
+        ImageDraw.Draw(image).text((14, 14), str(digit), 255, ImageFont.load_default(26), anchor="mm")
+        glyphs[digit] = pil_to_tensor(image)
+    random = torch.Generator().manual_seed(seed)
+    digits = glyphs[torch.randint(10, (count,), generator=random)]
+    maps = torch.eye(2, 3) + torch.empty(count, 2, 3).uniform_(-0.25, 0.25, generator=random)
+    grid = F.affine_grid(maps, [count, 1, 28, 28], align_corners=False)
+    return F.grid_sample(digits, grid, align_corners=False).byte().squeeze(1)
 
 
-def load_checkpoint(path):
-    """The dict that train() saved to `path`. ValueError if it is damaged or of another script; runs no code in it."""
-    try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not compare checksums
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if damaged or checkpoint["format"] != FORMAT:
-            raise ValueError
-        return checkpoint
-    except Exception as error:  # zipfile, pickle and torch raise many kinds
-        raise error if isinstance(error, OSError) else ValueError(f"{path} is damaged, or no checkpoint of this script")
+def batches(images, batch_size):
+    """One epoch in random order, the last partial batch dropped: floats (batch_size, 784) in [0, 1]."""
+    order = torch.randperm(len(images), device=images.device)
+    for index in order.split(batch_size)[: len(images) // batch_size]:
+        yield images.index_select(0, index).float().div(255)
 
 
-def save_checkpoint(checkpoint, path):
+def fewest(steps, device):
+    """The number of steps that all processes can make; the program ends if one has too few images for any."""
+    steps = torch.tensor(steps, device=device)
+    if RANKS > 1:
+        dist.all_reduce(steps, dist.ReduceOp.MIN)
+    if steps == 0:
+        fail("too few images for a step: lower --batch-size")
+    return steps.item()
+
+
+class Progress:
+    """Sums an epoch's metrics and shows their means: on a terminal twice a second, in a log once a minute."""
+
+    def __init__(self, epoch, epochs, steps, images):
+        """`images` are those of a step, in all processes."""
+        self.title, self.steps, self.images = f"epoch {epoch}/{epochs}", steps, images
+        self.run = (epochs - epoch + 1) * steps  # steps from here to the end
+        self.step, self.sums = 0, {}
+        self.began = self.shown = time.perf_counter()
+
+    def add(self, **metrics):
+        """Counts a step, with its metrics as scalar tensors."""
+        self.step += 1
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        terminal = sys.stdout.isatty()
+        if time.perf_counter() - self.shown > (0.5 if terminal else 60):
+            self.show(self.means(), end="\033[K\r" if terminal else "\n")
+
+    def means(self):
+        """The metrics so far, floats. Waits for the GPU, then takes the time."""
+        means = {name: total.item() / self.step for name, total in self.sums.items()}
+        self.shown = time.perf_counter()
+        self.seconds = self.shown - self.began
+        self.rate = self.step * self.images / self.seconds
+        return means
+
+    def show(self, metrics, end="\n"):
+        numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        left = self.seconds * (self.run / self.step - 1) / 60
+        line = f"{self.title}  {self.step}/{self.steps}  {numbers}"
+        print(f"{line}  {self.rate:,.1f} images/s  {left:,.1f} min left", end=end, flush=True)
+
+
+def save_metrics(rows, path):
+    """A line an epoch; the columns are those of the newest, as --resume may come with other metrics."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[-1], extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def save_checkpoint(parts, rows, args, path):
     """Replaces the file at `path` in one step: after a kill or on a full disk it is the old one or the new one."""
-    buffer = io.BytesIO()  # not straight to the file, where a full disk is a RuntimeError without a reason
-    torch.save(checkpoint, buffer)
+    kept = {name: value for name, value in vars(args).items() if name not in ONE_COMMAND}
+    checkpoint = {"script": NAME, "args": kept, "metrics": rows}
+    checkpoint = json.loads(json.dumps(checkpoint, default=str))  # plain values: load_checkpoint() takes no others
+    for name, part in parts.items():
+        checkpoint[name] = part.state_dict()
     with open(path.with_suffix(".part"), "wb") as file:
-        file.write(buffer.getbuffer())
+        torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, path)
 
 
+def load_checkpoint(path):
+    """What save_checkpoint() wrote to `path`. Runs no code in it; ends with one line if it is anything else."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of eight kinds
+        reason = str(error).partition("\n")[0]
+        fail(f"{path} is no checkpoint, or damaged ({type(error).__name__}: {reason})")
+    if not isinstance(checkpoint, dict) or checkpoint.get("script") != NAME:
+        fail(f"{path} is not a checkpoint of {NAME}.py")
+    return checkpoint
+
+
 def first_free(path):
     """Makes the first folder of `path`, `path`-2, `path`-3, ... that is not there yet, and returns its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     for n in itertools.count(1):
-        free = path.with_name(f"{path.name}-{n}") if n > 1 else path
-        with contextlib.suppress(FileExistsError):  # also where another run was faster
-            if not free.with_suffix(".png").exists():  # an earlier --sample's grid
+        free = path if n == 1 else path.with_name(f"{path.name}-{n}")
+        if not free.with_suffix(".png").exists():  # the grid of an earlier --sample
+            try:
                 free.mkdir()
                 return free
+            except FileExistsError:  # an earlier run, or one that was faster just now
+                continue
+
+
+def make_folder(path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot make the folder {path}: {error.strerror}")
+
+
+def fail(reason):
+    """Ends the program with one line on stderr: for what its user can mend."""
+    sys.exit(f"{NAME}.py: error: {reason}")
+
+
+# Flags of one command, which a checkpoint does not keep, and those that it fixes.
+ONE_COMMAND = ("cuda", "out_dir", "resume", "sample", "num_samples", "interpolate", "eval", "importance_samples")
+FIXED = ("dataset", "latent_dim", "width", "autoencoder", "lr", "constant_lr")
+
+
+def parse_args(argv=None):
+    """The arguments, and the checkpoint that --resume or --sample names, else None."""
+    usage, about = f"{NAME}.py [flags]", __doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser(usage=usage, description=about)
+    yes_or_no = argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=int, default=10, help="passes over the training set (%(default)s)")
+    add("--batch-size", type=int, default=128, help="images per step and process (%(default)s)")
+    add("--lr", type=float, help="learning rate of Adam; default: at most 5e-3, constant 1e-3")
+    add("--constant-lr", action=yes_or_no, default=False, help="a constant rate, not one cycle")
+    add("--beta", type=float, default=1.0, help="weight of the KL term (%(default)s)")
+    add("--seed", type=int, default=0, help="one seed repeats a CPU run to the bit (%(default)s)")
+    add("--cuda", action="store_true", help="train on the GPU; under torchrun, each process on its own")
+    add("--bf16", action=yes_or_no, default=False, help="autocast to bfloat16")
+    add("--compile", action=yes_or_no, default=False, help="torch.compile the networks")
+
+    add = parser.add_argument_group("data").add_argument
+    names = ("mnist", "fashion-mnist", "synthetic")
+    add("--dataset", choices=names, help="default: mnist, or synthetic if it cannot be had")
+    add("--data-dir", type=os.path.abspath, default="data", help="where the data sets are (data)")
+
+    add = parser.add_argument_group("networks").add_argument
+    add("--latent-dim", type=int, default=20, help="size of z (%(default)s)")
+    add("--width", type=int, default=400, help="units of the hidden layers (%(default)s)")
+    add("--autoencoder", action="store_true", help="the deterministic twin: z is the mean, and no KL")
+
+    add = parser.add_argument_group("files").add_argument
+    add("--out-dir", type=Path, help=f"where to write; default: the first free of runs/{NAME}, ...")
+    add("--resume", type=Path, help="go on from that checkpoint, in its folder")
+    add("--sample", type=Path, help="no training: write images from that checkpoint, to its folder")
+    add("--num-samples", type=int, default=64, help="how many images --sample writes (%(default)s)")
+    add("--interpolate", type=int, help="with --sample: so many walks between two held-out images")
+    add("--eval", type=Path, help="no training: print a bound on log p(x) of that checkpoint")
+    add("--importance-samples", type=int, default=100, help="draws of z for --eval (%(default)s)")
+
+    args, checkpoint = parser.parse_args(argv), None
+    path = args.resume or args.sample or args.eval
+    if path:
+        # What the checkpoint keeps becomes the defaults, so that no other flag is needed.
+        checkpoint = load_checkpoint(path)
+        parser.set_defaults(out_dir=path.parent, **checkpoint["args"])
+        args = parser.parse_args(argv)
+
+    # fmt: off
+    lowest = {"epochs": 1, "batch_size": 1, "lr": 0, "beta": 0, "seed": 0, "latent_dim": 1,
+              "width": 1, "num_samples": 1, "interpolate": 1, "importance_samples": 1}
+    # fmt: on
+    for name, value in vars(args).items():
+        if name in lowest and value is not None and not lowest[name] <= value < 2**31:
+            parser.error(f"{name} {value} is not between {lowest[name]} and 2**31")
+        if path and name in FIXED and value != checkpoint["args"][name]:
+            parser.error(f"{name} is fixed by {path}: leave it out")
+    if [args.resume, args.sample, args.eval].count(None) < 2:
+        parser.error("--resume, --sample and --eval exclude each other")
+    if args.interpolate and not args.sample:
+        parser.error("--interpolate needs --sample")
+    if args.autoencoder and (args.eval or (args.sample and not args.interpolate)):
+        parser.error("an autoencoder has no prior to sample from and no likelihood: try --interpolate")
+    if (args.sample or args.eval) and RANKS > 1:
+        parser.error("--sample and --eval are for one process: leave torchrun out")
+    if args.out_dir and not args.sample and not args.eval:
+        there = args.out_dir / "checkpoint.pt"
+        if there != args.resume and os.path.exists(there):
+            parser.error(f"{args.out_dir} holds a run: --resume {there}, or choose another --out-dir")
+    return args, checkpoint
 
 
 def main():
-    def stop(number, frame):
-        raise KeyboardInterrupt(number)
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    args = parse_args()
+    args, checkpoint = parse_args()
     if RANK:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks and writes for all
-        if not args.training:
-            return
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     try:
-        evaluate_checkpoint(args) if args.eval else sample(args) if args.sample else train(args)
-    except KeyboardInterrupt as interrupt:
-        path = args.out_dir and args.out_dir / "checkpoint.pt"
-        more = args.training and path and path.exists()
+        if args.eval:
+            evaluate_checkpoint(args, checkpoint)
+        elif args.sample:
+            sample(args, checkpoint)
+        else:
+            train(args, checkpoint)
+    except KeyboardInterrupt:
+        more = ""
+        if args.out_dir and (args.out_dir / "checkpoint.pt").exists():
+            more = f": python {NAME}.py --resume {args.out_dir}/checkpoint.pt goes on"
         if RANK == 0:
-            print("\nstopped" + f"; go on with --resume {path}" * bool(more), file=sys.stderr)
-        sys.exit(128 + interrupt.args[0])
-    except (OSError, FloatingPointError, argparse.ArgumentError) as error:  # what train() and sample() raise themselves
-        sys.exit(f"vae.py: error: {error}")
-    except RuntimeError as error:
-        if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
-            sys.exit(f"vae.py: error: --compile does not work here: {str(error).splitlines()[0]}")
-        if any(word in str(error) for word in ("out of memory", "allocate", "ALLOC_FAILED", "overflowed")):
-            sys.exit("vae.py: error: out of memory: lower --batch-size, --hidden-dim or --latent-dim")
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            sys.exit(f"vae.py: error: {str(error).splitlines()[0]} (did another process end? --resume goes on)")
-        raise
+            print(f"\nstopped{more}", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
