@@ -9,42 +9,39 @@ arXiv:1611.07004).
     python pix2pix.py --sample runs/pix2pix/checkpoint.pt --input sketches
 
 A folder of pairs holds train/ and a held-out val/ (or test/), files with A and B side by side; or A/ and B/ with equal
-file names. Where A/ and B/ have no such folders of their own, every tenth pair is held out.
+file names, of which every tenth is held out.
 
 Writes to runs/pix2pix: checkpoint.pt, metrics.csv, and samples/epoch_0001.png, ..., rows of source, output and target,
 twice, for the same held-out pairs after every epoch.
 
-Measured on facades, labels to photo, at 64x64 with --width 32 --bf16 (torch 2.15, one core of an AMD EPYC with AVX-512
-bf16): held-out L1 0.340 and 13.3 dB after 20 epochs, 0.348 and 13.0 dB after 100; the labels that tests/benchmark.py's
-segmenter reads in the results are right at 79 and 93 % of the rate of real photos (L1 alone: 60 % after 20). At 256x256
-on two cores 0.48 s a step with --bf16 and 0.67 s without, against 0.84 s of a plain loop in the same process. Not yet
-run on a GPU.
-
 Differences from the paper:
-1. Inference takes one image at a time, by its own statistics, with the same dropout for each, drawn from --seed: an
-   output depends on its source and the seed alone. --deterministic leaves dropout out.
-2. The U-Net has a level for each halving of --image-size, at most 8; at 256 it is the paper's. A 1x1
-   bottleneck has no norm, as in the authors' code: a single pixel less its mean is 0.
-3. D halves an image three times whatever its size, so at 64 pixels one of its patches is the whole of it.
-4. The rate is constant, as in section 6.2; --decay-epochs is what the authors' later PyTorch code does by default.
-5. Images are resized to a square, and in two folders paired by name: as in the authors' code, not in the paper.
+1. InstanceNorm, not BatchNorm: at the paper's batch of one they are the same, and at any other no output depends on
+   its neighbours. The innermost level has none, as in the authors' code: a single pixel less its mean is 0.
+2. Inference has the same dropout for each image, drawn from --seed: an output depends on its source and the seed
+   alone. --deterministic leaves dropout out.
+3. The U-Net has a level for each halving of --image-size, at most 8; at 256 it is the paper's.
+4. D halves an image three times whatever its size, so at 64 pixels one of its patches is the whole of it.
+5. The rate is constant, as in section 6.2; --decay-epochs is what the authors' later PyTorch code does by default.
+6. Images are resized to a square, and in two folders paired by name: as in the authors' code, not in the paper.
 """
 
 import argparse
-import contextlib
-import io
+import csv
+import glob
 import itertools
+import json
 import math
 import os
 import shutil
-import signal
 import sys
 import tarfile
 import tempfile
 import time
 import urllib.request
-import zipfile
-from datetime import timedelta
+import zlib
+from functools import partial
+from http.client import HTTPException
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -53,338 +50,39 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from common import save_grid, select_device
 
-FORMAT = "pix2pix 1"  # marks a checkpoint: one of another script, or of another version, is refused
-ARCHIVES = ("facades", "maps")  # the authors', with train/, val/ and, facades, test/
-URL = "http://efrosgans.eecs.berkeley.edu/pix2pix/datasets/{}.tar.gz"
-NETWORK = ("dataset", "direction", "image_size", "norm", "width")  # what a checkpoint fixes
-METRICS = ("loss_d", "loss_g_gan", "loss_g_l1", "val_l1", "val_psnr")  # L1 of images in [-1, 1], PSNR in dB
-WRITTEN = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")  # others become PNG
-IN_MEMORY = 2**32  # bytes of pairs on the device; a larger folder streams from the disk
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-WORKERS = max(1, min(8, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # per process, to decode images
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says, else one
-TERMINAL = sys.stdout is not None and sys.stdout.isatty()  # else no progress is shown within an epoch
-
-
-def above(low, kind=int, high=2**33):
-    def number(text):
-        if not low < kind(text) < high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return kind(text)
-
-    return number
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser("pix2pix.py", argparse.SUPPRESS)  # no usage, which would go before every error
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=above(0), default=200, metavar="N", help="passes over the training set (%(default)s)")
-    add("--decay-epochs", type=above(-1), default=0, metavar="N", help="the last of them, over which --lr falls to 0")
-    add("--batch-size", type=above(0), default=1, metavar="N", help="pairs per step and process (%(default)s)")
-    add("--lr", type=above(0, float, math.inf), default=2e-4, metavar="X", help="learning rate of Adam (%(default)s)")
-    add("--l1-weight", type=above(-1, float, math.inf), default=100.0, metavar="X", help="of the L1 loss (%(default)s)")
-    add("--gan-weight", type=above(-1, float, math.inf), default=1.0, metavar="X", help="0: no D at all (%(default)s)")
-    add("--seed", type=above(-1), default=0, metavar="N", help="one seed repeats a CPU run to the bit (%(default)s)")
-    add("--cuda", action="store_true", help="train on the GPU; under torchrun, each process on its own")
-    add("--bf16", action=argparse.BooleanOptionalAction, default=False, help="autocast to bfloat16")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks")
-    add = parser.add_argument_group("data").add_argument
-    datasets = (*ARCHIVES, "folder", "synthetic")
-    add("--dataset", choices=datasets, help="default: facades, or synthetic if offline")
-    add("--data-dir", default="data", metavar="DIR", help="where the data sets are; with folder, the pairs")
-    add("--direction", choices=("AtoB", "BtoA"), help="default: AtoB; facades and synthetic BtoA, labels to photo")
-    add("--image-size", type=int, default=256, metavar="N", help="a power of two from 32 to 512 (%(default)s)")
-    add("--jitter", action=argparse.BooleanOptionalAction, default=True, help="crop from 286/256 of the size, mirror")
-    add = parser.add_argument_group("networks").add_argument
-    add("--width", type=above(0), default=64, metavar="N", help="channels of the narrowest level (%(default)s)")
-    add("--norm", choices=("batch", "instance"), default="batch", help="the same at one pair per step (%(default)s)")
-    add = parser.add_argument_group("files").add_argument
-    add("--out-dir", type=Path, metavar="DIR", help="where to write; default: the first free of runs/pix2pix, -2, ...")
-    add("--resume", type=Path, metavar="CKPT", help="continue from that checkpoint, in its folder")
-    add("--sample", type=Path, metavar="CKPT", help="no training: translate images, to the folder of that checkpoint")
-    add("--num-samples", type=above(0), metavar="N", help="how many images --sample writes; default: all")
-    add("--input", type=Path, metavar="DIR", help="with --sample: the images to translate; default: held-out pairs")
-    add("--deterministic", action="store_true", help="with --sample: without dropout")
-
-    args, checkpoint = parser.parse_args(argv), None
-    path = args.resume or args.sample
-    try:
-        if args.resume and args.sample or (args.input or args.deterministic) and not args.sample:
-            raise ValueError("--input and --deterministic need --sample, and --sample excludes --resume")
-        if path:  # its arguments become the defaults, so that no other flag is needed
-            checkpoint = load_checkpoint(path)
-            parser.set_defaults(out_dir=path.parent, **checkpoint["args"])
-            args = parser.parse_args(argv)
-            for name in (*NETWORK, "seed") if args.resume else NETWORK:
-                if getattr(args, name) != checkpoint["args"][name]:
-                    raise ValueError(f"--{name.replace('_', '-')} is fixed by {path}: leave it out")
-        args.checkpoint, args.data_dir = checkpoint, os.path.abspath(args.data_dir)  # to resume from another folder
-        args.direction = args.direction or ("AtoB" if args.dataset in ("maps", "folder") else "BtoA")
-        if args.image_size not in (32, 64, 128, 256, 512):
-            raise ValueError("--image-size: the U-Net halves it level by level, so 32, 64, 128, 256 or 512")
-        if min(args.l1_weight, args.gan_weight) < 0 or args.l1_weight == args.gan_weight == 0:
-            raise ValueError("--l1-weight, --gan-weight: neither below 0, nor both 0")
-        if args.decay_epochs > args.epochs:
-            raise ValueError("--decay-epochs are part of --epochs, so at most as many")
-        args.training = not args.sample
-        written = args.out_dir and args.out_dir / "checkpoint.pt"
-        if args.training and written and written.exists() and not (args.resume and args.resume.samefile(written)):
-            raise ValueError(f"{args.out_dir} holds a run: --resume {written}, or choose another --out-dir")
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    return args
-
-
-def load_pairs(args, split, device):
-    """The pairs of the split "train" or of "val", held out: uint8 (N, 2, 3, size, size) on the device, A first, or the
-    PairFiles to stream them from. In "train" the size has room for the jitter.
-
-    Where no set was named and facades cannot be had, warns and sets args.dataset to synthetic. Raises OSError if a
-    named set is neither there nor downloadable, or with the path of a file that is no pair."""
-    size = round(args.image_size * 286 / 256) if split == "train" and args.jitter else args.image_size
-    folder = Path(args.data_dir)
-    if args.dataset in (None, *ARCHIVES):
-        name = args.dataset or "facades"
-        folder = folder / name
-        try:
-            if not folder.exists():
-                download(name, folder.parent)
-            args.dataset = name
-        except Exception as error:  # no network, no room, a truncated archive: many kinds
-            why = " ".join(str(error).split())
-            reason = f"{name} is not in {args.data_dir}, and its download failed ({why})"
-            if args.dataset or RANKS > 1:  # or some of the processes could train on another set
-                raise OSError(f"{reason}: put it there, or choose another --data-dir or --dataset") from error
-            print(f"warning: {reason}, training on synthetic facades", file=sys.stderr)
-            args.dataset = "synthetic"
-    if args.dataset == "synthetic":
-        pairs = synthetic_facades(*((400, 0) if split == "train" else (100, 1)))
-        return resize(pairs.flatten(0, 1), [size, size]).view(-1, 2, 3, size, size).to(device)
-
-    files = PairFiles(find_pairs(folder, split), size)
-    fits = len(files) * 6 * size**2 <= IN_MEMORY
-    pairs = torch.empty(len(files) if fits else 0, 2, 3, size, size, dtype=torch.uint8)
-    for n, pair in enumerate(DataLoader(files, batch_size=None, num_workers=WORKERS)):
-        if TERMINAL:
-            print(f"\rdecoding {n + 1:,} of {len(files):,} pairs", end="\n" if n + 1 == len(files) else "", flush=True)
-        pair = whole(pair)
-        if fits:
-            pairs[n] = pair
-    return pairs.to(device) if fits else files
-
-
-def download(name, folder):
-    """Makes folder/name from the authors' archive, whole or not at all; a member that points outside it is refused."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if TERMINAL:
-        print(f"downloading {URL.format(name)} to {folder}", flush=True)
-    with tempfile.TemporaryDirectory(dir=folder) as part:
-        with urllib.request.urlopen(URL.format(name), timeout=10) as response:  # seconds; a dead network would hang
-            with tarfile.open(fileobj=response, mode="r|gz") as archive:
-                archive.extractall(part, filter="data")
-        os.replace(Path(part) / name, folder / name)
-
-
-def find_images(folder):
-    """The image files below `folder`, by their suffixes, in order; names what it leaves out, but not hidden files."""
-    images, suffixes = [], Image.registered_extensions()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
-            continue
-        if path.suffix.lower() in suffixes:
-            images.append(path)
-        elif RANK == 0:
-            print(f"skipped {path}: no image by its name", file=sys.stderr)
-    return images
-
-
-def find_pairs(folder, split):
-    """The files of a split: [(path,), ...] of side-by-side pairs, or [(path in A, path in B), ...]."""
-    sides = [folder / "A", folder / "B"]
-    apart = all(side.is_dir() for side in sides)
-    if split == "val" and not ((sides[0] if apart else folder) / "val").is_dir():
-        split = "test"
-    if not apart:
-        pairs = [(path,) for path in find_images(folder / split)]
-    else:
-        parted = (sides[0] / "train").is_dir()
-        sides = [side / split if parted else side for side in sides]
-        names = [{path.relative_to(side) for path in find_images(side)} for side in sides]
-        for name in sorted(names[0] ^ names[1]):
-            there, missing = sides if name in names[0] else sides[::-1]
-            raise OSError(f"{there / name} has no partner: {missing / name} is missing")
-        pairs = [tuple(side / name for side in sides) for name in sorted(names[0])]
-        if not parted:
-            held_out = pairs[9::10] or pairs[-1:]
-            pairs = sorted({*pairs} - {*held_out}) if split == "train" else held_out
-    if not pairs:
-        raise OSError(f"no {split} pairs in {folder}: it needs train/ and val/ or test/, or A/ and B/ with two pairs")
-    return pairs
-
-
-class PairFiles(Dataset):
-    """Pairs of image files as uint8 (2, 3, size, size), A first. For what is no pair: a string, its path and why."""
-
-    def __init__(self, pairs, size):
-        self.pairs, self.size = pairs, size
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def __getitem__(self, i):
-        try:
-            images = [open_image(path) for path in self.pairs[i]]
-            if len(images) == 1:
-                (both,) = images
-                if both.width % 2:
-                    raise ValueError(f"two images side by side have an even width, this has {both.width}")
-                w = both.width // 2
-                images = [both.crop((left, 0, left + w, both.height)) for left in (0, w)]
-            elif images[0].size != images[1].size:
-                raise ValueError(f"its size is {images[0].size}, that of {self.pairs[i][1]} is {images[1].size}")
-            return torch.stack([to_network_size(image, self.size) for image in images])
-        except Exception as error:  # Pillow's decoders raise many kinds
-            return f"{self.pairs[i][0]}: {error}"
-
-
-def stacked(pairs):
-    """What PairFiles gives for a batch as one tensor, so that workers pass one file on; or the first string in it."""
-    return next((pair for pair in pairs if isinstance(pair, str)), None) or torch.stack(pairs)
-
-
-def whole(pair):
-    """What PairFiles or stacked() gives; OSError if it is why there is no pair."""
-    if isinstance(pair, str):
-        raise OSError(pair)
-    return pair
-
-
-def open_image(path):
-    """An RGB image, upright, whatever the file's mode."""
-    image = ImageOps.exif_transpose(Image.open(path))
-    if image.mode.startswith("I;16"):  # 16 bits, which convert() would clip
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def to_network_size(image, size):
-    return pil_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def synthetic_facades(count, seed):
-    """`count` pairs, a rendered facade and its labels in the colours of CMP's: uint8 (count, 2, 3, 256, 256)."""
-    random, pairs = np.random.default_rng(seed), []
-    down = np.linspace(0, 1, 256)[:, None, None]
-    for _ in range(count):
-        sky = (120, 170, 230) + (1 - down) * (-60, -40, 20) + random.normal(0, 12, 3)
-        photo = Image.fromarray(np.broadcast_to(sky.clip(0, 255).astype(np.uint8), (256, 256, 3)).copy())
-        labels = Image.new("RGB", (256, 256), (0, 0, 222))  # background
-        on_photo, on_labels = ImageDraw.Draw(photo), ImageDraw.Draw(labels)
-
-        def box(x, y, w, h, color, label=None):
-            on_photo.rectangle((x, y, x + w - 1, y + h - 1), tuple(np.clip(color, 0, 255).astype(int)))
-            if label:
-                on_labels.rectangle((x, y, x + w - 1, y + h - 1), label)
-
-        wall, glass = random.uniform((110, 70, 50), (220, 190, 170)), random.uniform(20, 80) + np.array((0, 8, 20))
-        left, top, margin = random.integers(0, 40, 3)
-        floors, columns = random.integers(3, 7, 2)
-        width, height = (256 - left - margin) // columns, (206 - top) // floors  # of a window and the wall around it
-        w, h = int(width * random.uniform(0.35, 0.65)), int(height * random.uniform(0.45, 0.7))
-        box(left, top, 256 - left - margin, 256 - top, wall, (0, 48, 255))  # facade
-        box(left, top, 256 - left - margin, 8, 1.2 * wall, (255, 80, 0))  # cornice
-        balconies, first = random.random() < 0.4, left + (width - w) // 2
-        for y, x in itertools.product(top + 14 + height * np.arange(floors), first + width * np.arange(columns)):
-            box(x, y, w, h, 0.5 * wall, (0, 128, 255))  # window
-            box(x + 2, y + 2, w - 4, h - 4, glass)
-            on_photo.polygon([(x + 2, y + 2), (x + w - 3, y + 2), (x + 2, y + h // 2)], tuple((glass + 50).astype(int)))
-            box(x + w // 2, y, 2, h, 0.8 * wall)
-            box(x - 2, y + h, w + 4, 4, 1.15 * wall, (112, 255, 142))  # sill
-            if balconies:
-                box(x - 3, y + h - h // 3, w + 6, h // 3, (45, 45, 50), (192, 255, 63))
-        box(left, 226, 256 - left - margin, 30, 0.6 * wall, (174, 0, 0))  # shop
-        door = random.uniform((40, 20, 10), (120, 70, 50))
-        box(first + width * random.integers(columns), 214, w, 42, door, (0, 207, 255))
-        light = 1 + random.normal(0, 0.15) * (down - 0.5) + random.normal(0, 0.03, (256, 256, 1))
-        pairs.append(np.stack([(np.asarray(photo) * light).clip(0, 255).astype(np.uint8), np.asarray(labels)]))
-    return torch.from_numpy(np.stack(pairs)).permute(0, 1, 4, 2, 3).contiguous()
-
-
-def batches(pairs, args, device):
-    """One epoch in random order, dealt out to the processes, the last partial batch dropped:
-    source and target as in split_pairs(), jittered."""
-    order = torch.randperm(len(pairs)).to(device)
-    if RANKS > 1:
-        dist.broadcast(order, 0)
-    steps = len(pairs) // (args.batch_size * RANKS)
-    order = order[: steps * RANKS * args.batch_size].view(steps, RANKS, args.batch_size)[:, RANK]
-    if isinstance(pairs, torch.Tensor):
-        parts = (pairs.index_select(0, index) for index in order)
-    else:  # a generator of its own, or DataLoader would draw from the one that training draws from
-        options = dict(collate_fn=stacked, num_workers=WORKERS, generator=torch.Generator())
-        parts = DataLoader(pairs, batch_sampler=order.tolist(), **options)
-        parts = (whole(part).to(device) for part in parts)
-    for part in parts:
-        yield split_pairs(jitter(part, args.image_size) if args.jitter else part, args.direction)
-
-
-def jitter(pairs, size):
-    """Random crops of (B, 2, 3, larger, larger) to `size`, half of them mirrored: section 6.2, drawn once a pair."""
-    top, left = torch.randint(pairs.shape[-1] - size + 1, (2, len(pairs))).tolist()
-    mirror = torch.randint(2, (len(pairs),)).tolist()
-    crops = [pair[..., y : y + size, x : x + size] for pair, y, x in zip(pairs, top, left)]
-    return torch.stack([crop.flip(-1) if mirrored else crop for crop, mirrored in zip(crops, mirror)])
-
-
-def split_pairs(pairs, direction):
-    """uint8 pairs (B, 2, 3, H, W) to source and target, each floats (B, 3, H, W) in [-1, 1]."""
-    a, b = map(to_floats, pairs.unbind(1))
-    return (a, b) if direction == "AtoB" else (b, a)
-
-
-def to_floats(x):
-    return x.float().div(127.5).sub(1).contiguous(memory_format=memory_format(x.device))
-
-
-def memory_format(device):
-    """channels_last for cuDNN; on a CPU it would make a step of one pair a third longer, most of it in Adam."""
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
-
-
-def normalization(norm, channels):
-    """Always by the statistics of its own input, in eval mode too: section 3.3."""
-    if norm == "instance":
-        return nn.InstanceNorm2d(channels, affine=True)
-    return nn.BatchNorm2d(channels, track_running_stats=False)
+NAME = Path(__file__).stem  # names the run's folder and its checkpoints
+RANK = int(os.environ.get("RANK", 0))  # which of torchrun's processes this is
+RANKS = int(os.environ.get("WORLD_SIZE", 1))  # and of how many
+URL = "http://efrosgans.eecs.berkeley.edu/pix2pix/datasets/{}.tar.gz"  # facades and maps, with train/ and val/
 
 
 class Generator(nn.Module):
     """U-Net from source to image, (B, 3, image_size, image_size) in [-1, 1]: section 6.1.1. Dropout is its noise z."""
 
-    def __init__(self, image_size, width, norm):
+    def __init__(self, image_size, width):
         super().__init__()
-        levels = min(image_size.bit_length() - 1, 8)  # down to 1x1; from 512 to 2x2
+        levels = min(image_size.bit_length() - 1, 8)  # down to 1x1; from 512 to 2x2, from 1024 to 4x4
         channels = [width * min(2**i, 8) for i in range(levels)]
-        self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
-        for i, c in enumerate(channels):  # (B, channels[i-1], h, h) to (B, c, h/2, h/2)
-            normed = i > 0 and image_size >> (i + 1) > 1  # a single pixel less its mean would be 0
-            level = [nn.LeakyReLU(0.2)] if i > 0 else []
-            level += [nn.Conv2d(channels[i - 1] if i > 0 else 3, c, 4, 2, 1, bias=not normed)]
-            level += [normalization(norm, c)] if normed else []
+
+        self.encoder = nn.ModuleList([nn.Conv2d(3, width, 4, 2, 1)])  # (B, width, image_size/2, image_size/2)
+        for i, (before, after) in enumerate(itertools.pairwise(channels), 2):  # (B, before, h, h)
+            normed = i < levels
+            level = [nn.LeakyReLU(0.2), nn.Conv2d(before, after, 4, 2, 1, bias=not normed)]  # (B, after, h/2, h/2)
+            if normed:
+                level += [nn.InstanceNorm2d(after, affine=True)]
             self.encoder.append(nn.Sequential(*level))
-        for i in reversed(range(1, levels)):  # (B, channels[i] and the skip's, h, h) to (B, channels[i-1], 2h, 2h)
-            skip = 1 if i == levels - 1 else 2
-            level = [nn.ReLU(), nn.ConvTranspose2d(skip * channels[i], channels[i - 1], 4, 2, 1, bias=False)]
-            level += [normalization(norm, channels[i - 1])]
-            level += [nn.Dropout(0.5)] if i >= levels - 3 else []
+
+        self.decoder = nn.ModuleList()
+        for i, (before, after) in enumerate(itertools.pairwise(channels[::-1])):  # (B, before, h, h), and the skip's
+            inputs = before if i == 0 else 2 * before
+            level = [nn.ReLU(), nn.ConvTranspose2d(inputs, after, 4, 2, 1, bias=False)]  # (B, after, 2h, 2h)
+            level += [nn.InstanceNorm2d(after, affine=True)]
+            if i < 3:
+                level += [nn.Dropout(0.5)]
             self.decoder.append(nn.Sequential(*level))
         self.decoder.append(nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(2 * width, 3, 4, 2, 1), nn.Tanh()))
         self.apply(initialize)
@@ -403,14 +101,14 @@ class Generator(nn.Module):
 class Discriminator(nn.Sequential):
     """PatchGAN: source and image, each (B, 3, H, W), to a logit for each patch of 70x70, (B, 1, H/8 - 2, W/8 - 2)."""
 
-    def __init__(self, width, norm):
+    def __init__(self, width):
+        layers = [nn.Conv2d(6, width, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]  # (B, width, H/2, W/2)
         c = width
-        levels = [nn.Conv2d(6, c, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]  # (B, c, H/2, W/2)
-        for stride in (2, 2, 1):
-            levels += [nn.Conv2d(c, 2 * c, 4, stride, 1, bias=False), normalization(norm, 2 * c)]  # to H/8 - 1
-            levels += [nn.LeakyReLU(0.2, inplace=True)]
+        for stride in (2, 2, 1):  # to (B, 8 * width, H/8 - 1, W/8 - 1)
+            layers += [nn.Conv2d(c, 2 * c, 4, stride, 1, bias=False), nn.InstanceNorm2d(2 * c, affine=True)]
+            layers += [nn.LeakyReLU(0.2, inplace=True)]
             c *= 2
-        super().__init__(*levels, nn.Conv2d(c, 1, 4, 1, 1))
+        super().__init__(*layers, nn.Conv2d(c, 1, 4, 1, 1))
         self.apply(initialize)
 
     def forward(self, source, image):
@@ -419,278 +117,559 @@ class Discriminator(nn.Sequential):
 
 def initialize(module):
     """Section 6.2: weights from N(0, 0.02). Those of the norms from N(1, 0.02), as in the authors' code; biases 0."""
-    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d)):
-        nn.init.normal_(module.weight, float(isinstance(module, (nn.BatchNorm2d, nn.InstanceNorm2d))), 0.02)
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.InstanceNorm2d)):
+        mean = 1.0 if isinstance(module, nn.InstanceNorm2d) else 0.0
+        nn.init.normal_(module.weight, mean, 0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
 def discriminator_loss(real_logits, fake_logits):
-    """-E[log D(x, y)] - E[log(1 - D(x, G(x, z)))], halved (section 3.3): eq. 1, which D maximizes, its sign changed."""
-    real = F.binary_cross_entropy_with_logits(real_logits, torch.ones_like(real_logits))
-    return (real + F.binary_cross_entropy_with_logits(fake_logits, torch.zeros_like(fake_logits))) / 2
+    """-E[log D(x, y)] - E[log(1 - D(x, G(x, z)))], halved (section 3.3): eq. 1, which D maximizes, its sign changed.
+
+    softplus(l) = log(1 + exp(l)), so with D = sigmoid(l), -log D is softplus(-l) and -log(1 - D) is softplus(l)."""
+    return (F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()) / 2
 
 
 def generator_loss(fake_logits):
     """-E[log D(x, G(x, z))]: section 3.3."""
-    return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
+    return F.softplus(-fake_logits).mean()
 
 
-def parallel(module):
-    """`module`, its gradients averaged over torchrun's processes if there are several."""
-    if RANKS > 1:
-        module = DistributedDataParallel(module)
-        module.broadcast_buffers = False  # or a second forward would change BatchNorm's before the backward
-    return module
-
-
-def train(args):
+def train(args, checkpoint):
+    # Under torchrun each process has its share of the pairs, and all make as many steps.
     device = select_device(args.cuda)
-    if RANKS > 1:  # torchrun ends all when one fails; the timeout is for a lost machine, and must outlast the decoding
-        gpu = device if device.type == "cuda" else None
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2), device_id=gpu)
-    if RANK:
-        dist.barrier()  # the first process downloads, the others find the files
-    pairs, held_out = load_pairs(args, "train", device), load_pairs(args, "val", device)
-    if RANKS > 1 and RANK == 0:
-        dist.barrier()
-    steps = len(pairs) // (args.batch_size * RANKS)
-    if steps == 0:
-        reason = f"--batch-size: {args.dataset} has {len(pairs):,} pairs, too few for a step"
-        raise argparse.ArgumentError(None, reason)
+    pairs, held_out = load_pairs(args, "train"), load_pairs(args, "val")
+    if device.type == "cuda" and pairs.nbytes < torch.cuda.mem_get_info()[0] / 2:
+        pairs = pairs.to(device)
+    steps = fewest(len(pairs) // args.batch_size, device)
 
     torch.manual_seed(args.seed)
-    generator = Generator(args.image_size, args.width, args.norm)
-    discriminator = Discriminator(args.width, args.norm)
-    generator.to(device, memory_format=memory_format(device))
-    discriminator.to(device, memory_format=memory_format(device))
+    generator = Generator(args.image_size, args.width).to(device)
+    discriminator = Discriminator(args.width).to(device)
     optimizer_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
-    for network in (generator, discriminator) if args.compile else ():  # the same random numbers as without it
-        network.compile(options={"fallback_random": True, "triton.cudagraphs": device.type == "cuda"})
-    ddp_g, ddp_d = parallel(generator), parallel(discriminator)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+    if args.compile:
+        generator.compile()
+        discriminator.compile()
 
-    parts = dict(generator=generator, discriminator=discriminator, optimizer_g=optimizer_g, optimizer_d=optimizer_d)
-    start, seconds, rows = 0, 0.0, []
-    if args.checkpoint:
-        start, seconds, rows = (args.checkpoint[name] for name in ("epoch", "seconds", "metrics"))
+    # Go on where the checkpoint stopped.
+    parts = {"generator": generator, "discriminator": discriminator}
+    parts |= {"optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
+    rows, seconds = [], 0.0
+    if checkpoint:
+        rows = checkpoint["metrics"]
+        seconds = rows[-1]["seconds"]
         for name, part in parts.items():
-            part.load_state_dict(args.checkpoint[name])
-        for p, state in [*optimizer_g.state.items(), *optimizer_d.state.items()]:  # in this device's memory_format()
-            state.update({name: torch.empty_like(p).copy_(mean) for name, mean in state.items() if mean.dim()})
-        torch.set_rng_state(args.checkpoint["rng"])
-        if device.type == "cuda" and args.checkpoint["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(args.checkpoint["cuda_rng"], device)
+            part.load_state_dict(checkpoint[name])
+
     if RANK == 0:
-        args.out_dir = args.out_dir or first_free(Path("runs/pix2pix"))
-        (args.out_dir / "samples").mkdir(parents=True, exist_ok=True)
-    size = f"3x{args.image_size}x{args.image_size}"
-    print(f"{args.dataset} {args.direction}: {len(pairs):,} pairs of {size}, {len(held_out):,} held out, ", end="")
-    print(f"on {device.type}, to {args.out_dir}", flush=True)
-    if start >= args.epochs:
-        print(f"epoch {start} is done: raise --epochs to go on")
+        args.out_dir = args.out_dir or first_free(Path("runs", NAME))
+        make_folder(args.out_dir / "samples")
+    where = f"process 1 of {RANKS}, on {device.type}"
+    counts = f"{len(pairs):,} pairs, {len(held_out):,} held out"
+    print(f"{args.dataset} {args.direction}: {counts}, in {where}, to {args.out_dir}", flush=True)
+    if len(rows) >= args.epochs:
+        print(f"epoch {len(rows)} is done: raise --epochs to go on")
 
-    for epoch in range(start + 1, args.epochs + 1):
-        if RANK:  # noise of its own, and the same when resumed; the checkpoint holds the first process's state
-            torch.manual_seed(hash((args.seed, epoch, RANK)))
+    for epoch in range(len(rows) + 1, args.epochs + 1):
+        # A seed for each epoch and process: a resumed run draws what an uninterrupted one draws.
+        torch.manual_seed(hash((args.seed, epoch, RANK)))
+        # Constant but for the last --decay-epochs, over which it falls to 0.
         lr = args.lr * min(1, (args.epochs - epoch + 1) / (args.decay_epochs + 1))
-        optimizer_g.param_groups[0]["lr"] = optimizer_d.param_groups[0]["lr"] = lr
-        totals = torch.zeros(3, device=device)
-        began = shown = time.perf_counter()
-        for step, (source, target) in enumerate(batches(pairs, args, device), 1):
-            if args.compile:  # the last step's CUDA graphs may be overwritten
-                torch.compiler.cudagraph_mark_step_begin()
+        for optimizer in (optimizer_g, optimizer_d):
+            optimizer.param_groups[0]["lr"] = lr
+        progress = Progress(epoch, args.epochs, steps, RANKS * args.batch_size)
+        for source, target in itertools.islice(batches(pairs, args, device), steps):
+            # D: descend the halved -log D(x, y) - log(1 - D(x, G(x))). The step is not G's: fake is detached.
             with autocast:
-                fake = ddp_g(source)
-            loss_d = loss_gan = torch.zeros((), device=device)
-            if args.gan_weight:
-                # D: descend the halved -log D(x, y) - log(1 - D(x, G(x)))
-                with autocast:
-                    real_logits = ddp_d(source, target).float()
-                    fake_logits = ddp_d(source, fake.detach()).float()
-                loss_d = discriminator_loss(real_logits, fake_logits)
-                optimizer_d.zero_grad()
-                loss_d.backward()
-                optimizer_d.step()
+                fake = generator(source)
+                real_logits = discriminator(source, target).float()
+                fake_logits = discriminator(source, fake.detach()).float()
+            loss_d = discriminator_loss(real_logits, fake_logits)
+            optimizer_d.zero_grad()
+            loss_d.backward()
+            average_gradients(discriminator)
+            optimizer_d.step()
 
-                with autocast:
-                    logits = discriminator(source, fake).float()
-                loss_gan = generator_loss(logits)
-            # G: descend eq. 4, -log D(x, G(x)) + 100 |y - G(x)|, through the new D, whose own gradients are not taken
+            # G: descend eq. 4, -log D(x, G(x)) + 100 |y - G(x)|, through the new D, whose own gradients are not computed.
+            with autocast:
+                logits = discriminator(source, fake).float()
+            loss_gan = generator_loss(logits)
             loss_l1 = F.l1_loss(fake.float(), target)
+            loss_g = args.gan_weight * loss_gan + args.l1_weight * loss_l1
             optimizer_g.zero_grad()
-            (args.gan_weight * loss_gan + args.l1_weight * loss_l1).backward(inputs=list(generator.parameters()))
+            loss_g.backward(inputs=list(generator.parameters()))
+            average_gradients(generator)
             optimizer_g.step()
+            progress.add(loss_d=loss_d, loss_g_gan=loss_gan, loss_g_l1=loss_l1)
 
-            totals += torch.stack([loss_d, loss_gan, loss_l1]).detach()
-            if RANKS > 1 and step == steps:
-                dist.all_reduce(totals.div_(RANKS))
-            if step == steps or TERMINAL and time.perf_counter() - shown > 0.5:
-                means = (totals / step).tolist()  # only here does the CPU wait for the GPU
-                shown = time.perf_counter()
-                rate = step * args.batch_size * RANKS / (shown - began)
-                left = timedelta(seconds=round((shown - began) / step * ((args.epochs - epoch + 1) * steps - step)))
-                if step == steps:
-                    with autocast:
-                        grid, *tested = evaluate(generator, held_out, args, device)
-                    means += tested
-                losses = "  ".join(f"{name} {mean:.3f}" for name, mean in zip(METRICS, means))
-                line = f"epoch {epoch}/{args.epochs}  {step}/{steps}  {losses}  {rate:,.1f} images/s  {left} left"
-                if TERMINAL:
-                    width = shutil.get_terminal_size().columns - 1
-                    print(f"\r{line[:width]:{width}}", end="", flush=True)
-        weights = sum(p.detach().sum() for p in (*generator.parameters(), *discriminator.parameters()))
-        if not all(map(math.isfinite, [*means, weights.item()])):
-            raise FloatingPointError(f"losses or weights not finite in epoch {epoch}, which is not saved: lower --lr")
-        if RANK:
-            continue
-        seconds += shown - began
-        rows.append([epoch, *means, rate, seconds])
-        # The checkpoint comes last: a run killed before it does the whole epoch again, and these files with it.
-        save_grid(grid, args.out_dir / "samples" / f"epoch_{epoch:04d}.png", columns=6)
-        lines = [("epoch", *METRICS, "images_per_second", "seconds"), *rows]
-        (args.out_dir / "metrics.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
-        checkpoint = {name: part.state_dict() for name, part in parts.items()}
-        checkpoint |= dict(format=FORMAT, epoch=epoch, seconds=seconds, metrics=rows, rng=torch.get_rng_state())
-        checkpoint["cuda_rng"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        kept = (*NETWORK, "epochs", "decay_epochs", "batch_size", "lr", "l1_weight", "gan_weight", "jitter")
-        checkpoint["args"] = {name: getattr(args, name) for name in (*kept, "seed", "bf16", "compile", "data_dir")}
-        save_checkpoint(checkpoint, args.out_dir / "checkpoint.pt")
-        print(f"\r{line}" if TERMINAL else line, flush=True)
+        metrics = progress.means()
+        seconds += progress.seconds
+        if not all(p.isfinite().all() for p in (*generator.parameters(), *discriminator.parameters())):
+            fail(f"weights not finite in epoch {epoch}, which is not saved: lower --lr")
+        if RANK == 0:
+            with autocast:
+                grid, val_l1, val_psnr = evaluate(generator, held_out, args, device)
+            metrics |= {"val_l1": val_l1, "val_psnr": val_psnr}
+            rows.append({"epoch": epoch, **metrics, "images_per_second": progress.rate, "seconds": seconds})
+            # The checkpoint comes last: a run killed before it does the whole epoch again, and these files with it.
+            save_grid(grid, args.out_dir / "samples" / f"epoch_{epoch:04d}.png", columns=6)
+            save_metrics(rows, args.out_dir / "metrics.csv")
+            save_checkpoint(parts, rows, args, args.out_dir / "checkpoint.pt")
+            progress.show(metrics)
+
     if RANKS > 1:
         dist.destroy_process_group()
 
 
+def average_gradients(network):
+    """Replaces the gradients by their means over torchrun's processes, so that all make the same step."""
+    if RANKS > 1:
+        for p in network.parameters():
+            dist.all_reduce(p.grad)
+            p.grad /= RANKS
+
+
 @torch.no_grad()
 def translate(generator, source, seed):
-    """G(source) for one source (1, 3, H, W), its dropout drawn from `seed` and not from the training's generator.
-
-    One at a time, so that no output depends on other images: section 3.3."""
+    """G(source) for one source (1, 3, H, W), its dropout drawn from `seed` and not from the training's generator."""
     with torch.random.fork_rng([source.device] if source.is_cuda else []):
         torch.manual_seed(seed)
-        return generator.forward(source).float()  # uncompiled, also with --compile
+        return generator.forward(source).float()  # not compiled anew for this size
 
 
 def evaluate(generator, held_out, args, device):
     """Translates the held-out pairs: a grid of the first 8, (24, 3, H, W), their mean L1 and their mean PSNR in dB."""
-    shown = min(len(held_out), 8)
-    grid = torch.zeros(3 * shown, 3, args.image_size, args.image_size, device=device)
-    sums = torch.zeros(2, device=device)
-    for n in range(RANK, len(held_out), RANKS):
-        source, target = split_pairs(whole(held_out[n])[None].to(device), args.direction)
+    grid, l1, psnr = [], [], []
+    for pair in held_out.split(1):
+        source, target = split_pairs(pair.to(device), args.direction)
         output = translate(generator, source, args.seed)
-        psnr = 10 * torch.log10(4 / F.mse_loss(output, target).clamp(min=1e-10))  # 2 squared, the range of values
-        sums += torch.stack([F.l1_loss(output, target), psnr])
-        if n < shown:
-            grid[3 * n : 3 * n + 3] = torch.cat([source, output, target])
-    if RANKS > 1:
-        dist.all_reduce(grid)
-        dist.all_reduce(sums)
-    return grid, *(sums / len(held_out)).tolist()
+        l1.append(F.l1_loss(output, target))
+        psnr.append(10 * torch.log10(4 / F.mse_loss(output, target).clamp(min=1e-10)))  # 2 squared, the range of values
+        if len(grid) < 24:
+            grid += [source, output, target]
+    return torch.cat(grid), torch.stack(l1).mean().item(), torch.stack(psnr).mean().item()
 
 
-def sample(args):
+def sample(args, checkpoint):
     device = select_device(args.cuda)
-    generator = Generator(args.image_size, args.width, args.norm)
-    generator.load_state_dict(args.checkpoint["generator"])
-    generator.to(device, memory_format=memory_format(device)).train(not args.deterministic)  # for dropout
-    if args.input:
-        paths = find_images(args.input)
-        names = [path.relative_to(args.input) for path in paths]
-    else:
-        pairs = load_pairs(args, "val", device)
-        names = [f"{n:05d}.png" for n in range(len(pairs))]
-    folder, grid, count = None, [], 0
-    for n, name in enumerate(names):
-        if count == args.num_samples:
-            break
-        if args.input:
-            try:
-                images = [to_floats(to_network_size(open_image(paths[n]), args.image_size)[None].to(device))]
-            except Exception as error:  # Pillow's decoders raise many kinds
-                print(f"skipped {paths[n]}: {error}", file=sys.stderr)
-                continue
-        else:
-            images = list(split_pairs(whole(pairs[n])[None].to(device), args.direction))
+    generator = Generator(args.image_size, args.width).to(device).train(not args.deterministic)  # for dropout
+    generator.load_state_dict(checkpoint["generator"])
+    folder = first_free(args.out_dir / "generated")
+    grid, count = [], 0
+    for name, source, target in itertools.islice(sources(args), args.num_samples):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            images.insert(1, translate(generator, images[0], args.seed))  # source, output, and target if there is one
-        folder, count = folder or first_free(args.out_dir / "generated"), count + 1
+            output = translate(generator, source.to(device), args.seed).cpu()
         path = folder / name
-        if path.suffix.lower() not in WRITTEN:
-            path = folder / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        to_pil_image(images[1][0].add(1).mul(127.5).round().byte().cpu()).save(path, quality=95)
-        grid += images if count <= 16 else []
-    if not folder:
-        raise OSError(f"no image in {args.input}: name the folder that holds them with --input")
+        to_pil_image(output[0].add(1).mul(127.5).round().byte()).save(path, quality=95)
+        images = [source, output] if target is None else [source, output, target]
+        if count < 16:
+            grid += images
+        count += 1
+    if count == 0:
+        folder.rmdir()
+        fail(f"no images in {args.input}: name the folder that holds them with --input")
     save_grid(torch.cat(grid), folder.with_suffix(".png"), columns=2 * len(images))
     print(f"{count:,} images in {folder}, a grid in {folder}.png")
 
 
-def load_checkpoint(path):
-    """The dict that train() saved to `path`. ValueError if it is damaged or of another script; runs no code in it."""
+def sources(args):
+    """What --sample translates: a name for the result, the source (1, 3, H, W), and the target, None with --input."""
+    if args.input is None:
+        for n, pair in enumerate(load_pairs(args, "val").split(1)):
+            yield f"{n:05d}.png", *split_pairs(pair, args.direction)
+        return
+    for path in list_files(args.input):
+        try:
+            image = read_image(path)
+        except BadImage as error:
+            print(f"skipped {error}", file=sys.stderr)
+            continue
+        name = path.relative_to(args.input)
+        if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"):
+            name = f"{name}.png"
+        yield name, to_floats(to_square(image, args.image_size)[None]), None
+
+
+def load_pairs(args, split):
+    """This process's share of the split "train", or all of "val", held out: uint8 (N, 2, 3, size, size), A first, with
+    room for the jitter in "train".
+
+    Where no set was named and facades cannot be had, warns and sets args.dataset to synthetic."""
+    size, share = args.image_size, slice(None)
+    if split == "train":
+        share = slice(RANK, None, RANKS)
+        size = round(size * 286 / 256) if args.jitter else size
+    named = args.dataset
+    args.dataset = named or "facades"
+    folder = Path(args.data_dir)
+    if args.dataset in ("facades", "maps"):
+        folder = folder / args.dataset
+        if RANK == 0 and not folder.exists():
+            try:
+                download(args.dataset, folder.parent)
+            except (OSError, tarfile.TarError, EOFError, zlib.error, HTTPException) as error:
+                reason = f"no {args.dataset} in {args.data_dir}, and its download from {URL.format(args.dataset)} failed ({error})"
+                if named or RANKS > 1:  # never replaced, nor are several processes to find different sets
+                    fail(f"{reason}: put it there, or choose another --data-dir")
+                print(f"warning: {reason}: training on synthetic facades", file=sys.stderr)
+                args.dataset = "synthetic"
+    if RANKS > 1:
+        dist.barrier()  # the first process has downloaded, the others find the files
+    if args.dataset == "synthetic":
+        count, seed = (400, 0) if split == "train" else (100, 1)
+        return synthetic_facades(count, size, seed)[share]
+    apart = (folder / "A").is_dir() and (folder / "B").is_dir()
+    paths = pairs_in_two_folders(folder, split) if apart else pairs_side_by_side(folder, split)
+    if not paths:
+        fail(f"no {split} pairs in {folder}: it needs train/ and val/ or test/, or A/ and B/ with two pairs")
+    return decode(partial(read_pair, size=size), paths[share], (2, 3, size, size))
+
+
+def download(name, folder):
+    """Makes folder/name from the authors' archive, whole or not at all; a member that points outside it is refused."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as part:
+        with urllib.request.urlopen(URL.format(name), timeout=10) as response:  # seconds; a dead network would hang
+            with tarfile.open(fileobj=response, mode="r|gz") as archive:
+                archive.extractall(part, filter="data")
+        os.replace(Path(part, name), folder / name)
+
+
+def pairs_side_by_side(folder, split):
+    """Tuples of one path, a file with A and B, from train/ and from val/ or test/."""
+    if split == "val" and not (folder / "val").is_dir():
+        split = "test"
+    return [(path,) for path in list_files(folder / split)]
+
+
+def pairs_in_two_folders(folder, split):
+    """Tuples of a path in A/ and one in B/ of the same name; every tenth is held out."""
+    suffixes = Image.registered_extensions()
+    names = []
+    for side in (folder / "A", folder / "B"):
+        names.append({path.relative_to(side) for path in list_files(side) if path.suffix.lower() in suffixes})
+    for name in sorted(names[0] ^ names[1]):
+        fail(f"{name} is in one of {folder}/A and {folder}/B, and its partner is missing")
+    chosen = sorted(names[0])
+    held_out = chosen[9::10] or chosen[-1:]
+    chosen = held_out if split == "val" else sorted(names[0].difference(held_out))
+    return [(folder / "A" / name, folder / "B" / name) for name in chosen]
+
+
+def list_files(folder):
+    """The paths of all files below `folder`, in order, without hidden ones."""
+    names = sorted(glob.glob("**", root_dir=folder, recursive=True))
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def decode(read, paths, shape):
+    """read(path) of all paths, in order: uint8 (N, *shape), in a file of TMPDIR that is mapped into memory. A path for
+    which it raises BadImage is named and left out."""
+    size, folder = len(paths) * math.prod(shape), tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free  # asked first: a full disk would kill the process
+    if size > free:
+        fail(f"{folder} has {free:,} bytes free, the images need {size:,}: set TMPDIR to another folder")
+    images = np.memmap(tempfile.TemporaryFile(), np.uint8, "w+", shape=(max(len(paths), 1), *shape))
+    count = 0
+    with ThreadPool() as pool:
+        results = pool.imap(read, paths)
+        for _ in paths:
+            try:
+                images[count] = next(results)
+                count += 1
+            except BadImage as error:
+                print(f"skipped {error}", file=sys.stderr)
+    return torch.from_numpy(images[:count])
+
+
+class BadImage(Exception):
+    """A file that Pillow cannot read, or that is no pair."""
+
+
+def read_pair(paths, size):
+    """uint8 (2, 3, size, size), A first, of one file with both side by side or of two. Raises BadImage."""
+    images = [read_image(path) for path in paths]
+    if len(images) == 1:
+        width, height = images[0].size
+        if width % 2:
+            raise BadImage(f"{paths[0]}: two images side by side have an even width, not {width}")
+        images = [images[0].crop((left, 0, left + width // 2, height)) for left in (0, width // 2)]
+    elif images[0].size != images[1].size:
+        raise BadImage(f"{paths[0]}: its size is {images[0].size}, that of {paths[1]} {images[1].size}")
+    return torch.stack([to_square(image, size) for image in images])
+
+
+def read_image(path):
+    """An RGB image, upright, whatever the file's mode. Raises BadImage."""
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not compare checksums
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if damaged or checkpoint["format"] != FORMAT:
-            raise ValueError
-        return checkpoint
-    except Exception as error:  # zipfile, pickle and torch raise many kinds
-        raise error if isinstance(error, OSError) else ValueError(f"{path} is damaged, or no checkpoint of this script")
+        image = ImageOps.exif_transpose(Image.open(path))
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
+        raise BadImage(f"{path}: {error}") from error
+    if image.mode.startswith("I;16"):  # 16 bits, which convert() would clip
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
-def save_checkpoint(checkpoint, path):
+def to_square(image, size):
+    return pil_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def synthetic_facades(count, size, seed):
+    """`count` pairs, a rendered facade and its labels in the colours of CMP's: uint8 (count, 2, 3, size, size)."""
+    random, pairs = np.random.default_rng(seed), []
+    for _ in range(count):
+        sky, wall, glass, door = random.integers((90, 110, 20, 40), (200, 220, 90, 120), (3, 4)).T
+        photo, labels = Image.new("RGB", (256, 256), tuple(sky)), Image.new("RGB", (256, 256), (0, 0, 222))
+
+        def box(x, y, w, h, color, label):
+            ImageDraw.Draw(photo).rectangle((x, y, x + w, y + h), tuple(color))
+            ImageDraw.Draw(labels).rectangle((x, y, x + w, y + h), label)
+
+        floors, columns = random.integers(3, 7, 2)
+        width, height = 216 // columns, 190 // floors  # of a window and the wall around it
+        w, h = int(width * random.uniform(0.35, 0.65)), int(height * random.uniform(0.45, 0.7))
+        box(20, 20, 216, 236, wall, (0, 48, 255))  # facade
+        box(20, 20, 216, 8, wall + 30, (255, 80, 0))  # cornice
+        for y in range(34, 34 + floors * height, height):
+            for x in range(20 + (width - w) // 2, 20 + columns * width, width):
+                box(x, y, w, h, glass, (0, 128, 255))  # window
+                box(x - 2, y + h, w + 4, 4, wall + 15, (112, 255, 142))  # sill
+        box(20, 226, 216, 30, wall // 2, (174, 0, 0))  # shop
+        box(20 + width * random.integers(columns), 214, w, 42, door, (0, 207, 255))
+        noisy = Image.fromarray(np.uint8(np.clip(photo + random.normal(0, 8, (256, 256, 3)), 0, 255)))
+        pairs.append(torch.stack([to_square(noisy, size), to_square(labels, size)]))
+    return torch.stack(pairs)
+
+
+def batches(pairs, args, device):
+    """One epoch in random order, the last partial batch dropped: source and target as in split_pairs(), jittered."""
+    order = torch.randperm(len(pairs), device=pairs.device)
+    for index in order.split(args.batch_size)[: len(pairs) // args.batch_size]:
+        part = pairs.index_select(0, index).to(device)
+        yield split_pairs(jitter(part, args.image_size) if args.jitter else part, args.direction)
+
+
+def jitter(pairs, size):
+    """Random crops of (B, 2, 3, larger, larger) to `size`, half of them mirrored: section 6.2, drawn once a pair."""
+    top, left = torch.randint(pairs.shape[-1] - size + 1, (2, len(pairs))).tolist()
+    mirror = torch.randint(2, (len(pairs),)).tolist()
+    crops = [pair[..., y : y + size, x : x + size] for pair, y, x in zip(pairs, top, left)]
+    return torch.stack([crop.flip(-1) if mirrored else crop for crop, mirrored in zip(crops, mirror)])
+
+
+def split_pairs(pairs, direction):
+    """uint8 pairs (B, 2, 3, H, W) to source and target, each floats (B, 3, H, W) in [-1, 1]."""
+    a, b = map(to_floats, pairs.unbind(1))
+    return (a, b) if direction == "AtoB" else (b, a)
+
+
+def to_floats(x):
+    return x.float().div(127.5).sub(1)
+
+
+def fewest(steps, device):
+    """The number of steps that all processes can make; the program ends if one has too few images for any."""
+    steps = torch.tensor(steps, device=device)
+    if RANKS > 1:
+        dist.all_reduce(steps, dist.ReduceOp.MIN)
+    if steps == 0:
+        fail("too few images for a step: lower --batch-size")
+    return steps.item()
+
+
+class Progress:
+    """Sums an epoch's metrics and shows their means: on a terminal twice a second, in a log once a minute."""
+
+    def __init__(self, epoch, epochs, steps, images):
+        """`images` are those of a step, in all processes."""
+        self.title, self.steps, self.images = f"epoch {epoch}/{epochs}", steps, images
+        self.run = (epochs - epoch + 1) * steps  # steps from here to the end
+        self.step, self.sums = 0, {}
+        self.began = self.shown = time.perf_counter()
+
+    def add(self, **metrics):
+        """Counts a step, with its metrics as scalar tensors."""
+        self.step += 1
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        terminal = sys.stdout.isatty()
+        if time.perf_counter() - self.shown > (0.5 if terminal else 60):
+            self.show(self.means(), end="\033[K\r" if terminal else "\n")
+
+    def means(self):
+        """The metrics so far, floats. Waits for the GPU, then takes the time."""
+        means = {name: total.item() / self.step for name, total in self.sums.items()}
+        self.shown = time.perf_counter()
+        self.seconds = self.shown - self.began
+        self.rate = self.step * self.images / self.seconds
+        return means
+
+    def show(self, metrics, end="\n"):
+        numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        left = self.seconds * (self.run / self.step - 1) / 60
+        line = f"{self.title}  {self.step}/{self.steps}  {numbers}"
+        print(f"{line}  {self.rate:,.1f} images/s  {left:,.1f} min left", end=end, flush=True)
+
+
+def save_metrics(rows, path):
+    """A line an epoch; the columns are those of the newest, as --resume may come with other metrics."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[-1], extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def save_checkpoint(parts, rows, args, path):
     """Replaces the file at `path` in one step: after a kill or on a full disk it is the old one or the new one."""
-    buffer = io.BytesIO()  # not straight to the file, where a full disk is a RuntimeError without a reason
-    torch.save(checkpoint, buffer)
+    kept = {name: value for name, value in vars(args).items() if name not in ONE_COMMAND}
+    checkpoint = {"script": NAME, "args": kept, "metrics": rows}
+    checkpoint = json.loads(json.dumps(checkpoint, default=str))  # plain values: load_checkpoint() takes no others
+    for name, part in parts.items():
+        checkpoint[name] = part.state_dict()
     with open(path.with_suffix(".part"), "wb") as file:
-        file.write(buffer.getbuffer())
+        torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, path)
 
 
+def load_checkpoint(path):
+    """What save_checkpoint() wrote to `path`. Runs no code in it; ends with one line if it is anything else."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of eight kinds
+        reason = str(error).partition("\n")[0]
+        fail(f"{path} is no checkpoint, or damaged ({type(error).__name__}: {reason})")
+    if not isinstance(checkpoint, dict) or checkpoint.get("script") != NAME:
+        fail(f"{path} is not a checkpoint of {NAME}.py")
+    return checkpoint
+
+
 def first_free(path):
     """Makes the first folder of `path`, `path`-2, `path`-3, ... that is not there yet, and returns its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     for n in itertools.count(1):
-        free = path.with_name(f"{path.name}-{n}") if n > 1 else path
-        with contextlib.suppress(FileExistsError):  # also where another run was faster
-            if not free.with_suffix(".png").exists():  # an earlier --sample's grid
+        free = path if n == 1 else path.with_name(f"{path.name}-{n}")
+        if not free.with_suffix(".png").exists():  # the grid of an earlier --sample
+            try:
                 free.mkdir()
                 return free
+            except FileExistsError:  # an earlier run, or one that was faster just now
+                continue
+
+
+def make_folder(path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot make the folder {path}: {error.strerror}")
+
+
+def fail(reason):
+    """Ends the program with one line on stderr: for what its user can mend."""
+    sys.exit(f"{NAME}.py: error: {reason}")
+
+
+# Flags of one command, which a checkpoint does not keep, and those that it fixes.
+ONE_COMMAND = ("cuda", "out_dir", "resume", "sample", "num_samples", "input", "deterministic")
+FIXED = ("dataset", "direction", "image_size", "width")
+
+
+def parse_args(argv=None):
+    """The arguments, and the checkpoint that --resume or --sample names, else None."""
+    usage, about = f"{NAME}.py [flags]", __doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser(usage=usage, description=about)
+    yes_or_no = argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=int, default=200, help="passes over the training set (%(default)s)")
+    add("--decay-epochs", type=int, default=0, help="the last of them, over which --lr falls to 0")
+    add("--batch-size", type=int, default=1, help="pairs per step and process (%(default)s)")
+    add("--lr", type=float, default=2e-4, help="learning rate of Adam (%(default)s)")
+    add("--l1-weight", type=float, default=100.0, help="of the L1 loss (%(default)s)")
+    add("--gan-weight", type=float, default=1.0, help="of the GAN's loss (%(default)s)")
+    add("--seed", type=int, default=0, help="one seed repeats a CPU run to the bit (%(default)s)")
+    add("--cuda", action="store_true", help="train on the GPU; under torchrun, each process on its own")
+    add("--bf16", action=yes_or_no, default=False, help="autocast to bfloat16")
+    add("--compile", action=yes_or_no, default=False, help="torch.compile the networks")
+
+    add = parser.add_argument_group("data").add_argument
+    names = ("facades", "maps", "folder", "synthetic")
+    add("--dataset", choices=names, help="default: facades, or synthetic if they cannot be had")
+    add("--data-dir", type=os.path.abspath, default="data", help="where the sets are, or a folder's pairs (data)")
+    add("--direction", choices=("AtoB", "BtoA"), help="default: AtoB; facades, synthetic: BtoA")
+    add("--image-size", type=int, default=256, help="a power of two from 32 to 1024 (%(default)s)")
+    add("--jitter", action=yes_or_no, default=True, help="crop from 286/256 of the size, mirror")
+
+    add = parser.add_argument_group("networks").add_argument
+    add("--width", type=int, default=64, help="channels of the narrowest level (%(default)s)")
+
+    add = parser.add_argument_group("files").add_argument
+    add("--out-dir", type=Path, help=f"where to write; default: the first free of runs/{NAME}, ...")
+    add("--resume", type=Path, help="go on from that checkpoint, in its folder")
+    add("--sample", type=Path, help="no training: translate images, to that checkpoint's folder")
+    add("--num-samples", type=int, help="how many images --sample writes; default: all")
+    add("--input", type=Path, help="with --sample: a folder of images; default: the held-out pairs")
+    add("--deterministic", action="store_true", help="with --sample: without dropout")
+
+    args, checkpoint = parser.parse_args(argv), None
+    path = args.resume or args.sample
+    if path:
+        # What the checkpoint keeps becomes the defaults, so that no other flag is needed.
+        checkpoint = load_checkpoint(path)
+        parser.set_defaults(out_dir=path.parent, **checkpoint["args"])
+        args = parser.parse_args(argv)
+
+    if args.direction is None:
+        args.direction = "AtoB" if args.dataset in ("maps", "folder") else "BtoA"
+    if args.image_size not in (32, 64, 128, 256, 512, 1024):
+        parser.error(f"--image-size is a power of two from 32 to 1024, not {args.image_size}")
+    if args.decay_epochs > args.epochs:
+        parser.error("--decay-epochs are part of --epochs, so at most as many")
+    # fmt: off
+    lowest = {"epochs": 1, "decay_epochs": 0, "batch_size": 1, "lr": 0, "l1_weight": 0, "gan_weight": 0,
+              "seed": 0, "width": 1, "num_samples": 1}
+    # fmt: on
+    for name, value in vars(args).items():
+        if name in lowest and value is not None and not lowest[name] <= value < 2**31:
+            parser.error(f"{name} {value} is not between {lowest[name]} and 2**31")
+        if path and name in FIXED and value != checkpoint["args"][name]:
+            parser.error(f"{name} is fixed by {path}: leave it out")
+    if args.resume and args.sample:
+        parser.error("--sample does not train: leave --resume out")
+    if (args.input or args.deterministic) and not args.sample:
+        parser.error("--input and --deterministic need --sample")
+    if args.sample and RANKS > 1:
+        parser.error("--sample is for one process: leave torchrun out")
+    if args.out_dir and not args.sample:
+        there = args.out_dir / "checkpoint.pt"
+        if there != args.resume and os.path.exists(there):
+            parser.error(f"{args.out_dir} holds a run: --resume {there}, or choose another --out-dir")
+    return args, checkpoint
 
 
 def main():
-    def stop(number, frame):
-        raise KeyboardInterrupt(number)
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    args = parse_args()
+    args, checkpoint = parse_args()
     if RANK:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks and writes for all
-        if not args.training:
-            return
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     try:
-        sample(args) if args.sample else train(args)
-    except KeyboardInterrupt as interrupt:
-        path = args.out_dir and args.out_dir / "checkpoint.pt"
-        more = args.training and path and path.exists()
+        if args.sample:
+            sample(args, checkpoint)
+        else:
+            train(args, checkpoint)
+    except KeyboardInterrupt:
+        more = ""
+        if args.out_dir and (args.out_dir / "checkpoint.pt").exists():
+            more = f": python {NAME}.py --resume {args.out_dir}/checkpoint.pt goes on"
         if RANK == 0:
-            print("\nstopped" + f"; go on with --resume {path}" * bool(more), file=sys.stderr)
-        sys.exit(128 + interrupt.args[0])
-    except (OSError, FloatingPointError, argparse.ArgumentError) as error:  # what train() and sample() raise themselves
-        sys.exit(f"pix2pix.py: error: {error}")
-    except RuntimeError as error:
-        if args.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
-            sys.exit(f"pix2pix.py: error: --compile does not work here: {str(error).splitlines()[0]}")
-        if any(word in str(error) for word in ("out of memory", "allocate", "ALLOC_FAILED", "overflowed")):
-            sys.exit("pix2pix.py: error: out of memory: lower --batch-size, --width or --image-size")
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            sys.exit(f"pix2pix.py: error: {str(error).splitlines()[0]} (did another process end? --resume goes on)")
-        raise
+            print(f"\nstopped{more}", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
