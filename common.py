@@ -19,18 +19,20 @@ def select_device(cuda):
     if cuda and torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         if rank >= gpus:
-            sys.exit(f"error: --cuda: this machine has {gpus} GPUs, so --nproc-per-node is at most {gpus}")
+            sys.exit(f"error: --cuda: {gpus} GPUs here, so --nproc-per-node is at most {gpus}")
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # shapes never change: look for the fastest kernel once
-        torch.set_float32_matmul_precision("high")  # TF32 in linear layers; convolutions have it anyway
+        # Shapes never change: look for the fastest kernel once. TF32 in linear layers, as in convolutions.
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
     elif cuda and rank == 0:
         print("warning: --cuda: PyTorch finds no CUDA GPU here, using the CPU", file=sys.stderr)
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # Two hours must outlast what the others wait for: a download, the first process's evaluation.
         gpu = device if device.type == "cuda" else None
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2), device_id=gpu)
+        backend = "nccl" if gpu else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=gpu)
     return device
 
 

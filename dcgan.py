@@ -32,8 +32,9 @@ import socket
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.client import HTTPException
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,7 @@ from common import save_grid, select_device
 NAME = Path(__file__).stem  # names the run's folder and its checkpoints
 RANK = int(os.environ.get("RANK", 0))  # which of torchrun's processes this is
 RANKS = int(os.environ.get("WORLD_SIZE", 1))  # and of how many
+DOWNLOAD_ERRORS = (OSError, RuntimeError, ValueError, AssertionError, EOFError, HTTPException)
 DIGITS = ("mnist", "fashion-mnist", "synthetic")  # 28x28, of one channel
 
 
@@ -69,7 +71,7 @@ class Generator(nn.Sequential):
         base, widths = base_and_channels(image_size, width)
         c = widths[-1]
         layers = [nn.Linear(latent_dim, c * base**2, bias=False), nn.Unflatten(1, (c, base, base))]
-        for before, after in itertools.pairwise(widths[::-1]):  # (B, before, h, h), h = base at first
+        for before, after in itertools.pairwise(widths[::-1]):  # (B, before, h, h)
             layers += [nn.BatchNorm2d(before), nn.ReLU(inplace=True)]
             layers += [nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False)]  # (B, after, 2h, 2h)
         layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
@@ -82,11 +84,12 @@ class Discriminator(nn.Sequential):
 
     def __init__(self, image_size, channels, width):
         base, widths = base_and_channels(image_size, width)
-        layers = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]  # (B, width, size/2, size/2)
+        layers = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
         for before, after in itertools.pairwise(widths):  # (B, before, h, h)
             layers += [nn.Conv2d(before, after, 4, 2, 1, bias=False)]  # (B, after, h/2, h/2)
             layers += [nn.BatchNorm2d(after), nn.LeakyReLU(0.2, inplace=True)]
-        super().__init__(*layers, nn.Conv2d(widths[-1], 1, base), nn.Flatten(0))  # (B, c, base, base) to (B,)
+        # (B, c, base, base) to (B,)
+        super().__init__(*layers, nn.Conv2d(widths[-1], 1, base), nn.Flatten(0))
         self.apply(initialize)
 
 
@@ -125,8 +128,9 @@ def train(args, checkpoint):
     discriminator = Discriminator(args.image_size, args.channels, args.width)
     generator.to(device, memory_format=torch.channels_last)
     discriminator.to(device, memory_format=torch.channels_last)
-    optimizer_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
+    adam = {"lr": args.lr, "betas": (0.5, 0.999), "fused": True}
+    optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     if args.compile:
         generator.compile()
@@ -157,8 +161,8 @@ def train(args, checkpoint):
         torch.manual_seed(hash((args.seed, epoch, RANK)))
         progress = Progress(epoch, args.epochs, steps, RANKS * args.batch_size)
         for x in itertools.islice(batches(images, args.batch_size, device), steps):
-            # D: descend -log D(x) - log(1 - D(G(z))). The step is not G's: fake is detached. Real and fake go through
-            # D apart, or its BatchNorm would mix their statistics.
+            # D: descend -log D(x) - log(1 - D(G(z))). The step is not G's: fake is detached. Real and
+            # fake go through D apart, or its BatchNorm would mix their statistics.
             with autocast:
                 fake = generator(torch.randn(args.batch_size, args.latent_dim, device=device))
                 real_logits = discriminator(x).float()
@@ -169,7 +173,7 @@ def train(args, checkpoint):
             average_gradients(discriminator)
             optimizer_d.step()
 
-            # G: descend -log D(G(z)) through the new D, whose own gradients are not computed.
+            # G: descend -log D(G(z)) through the new D, without D's gradients.
             with autocast:
                 logits = discriminator(fake).float()
             loss_g = generator_loss(logits)
@@ -183,12 +187,15 @@ def train(args, checkpoint):
 
         metrics = progress.means()
         seconds += progress.seconds
-        if not all(p.isfinite().all() for p in (*generator.parameters(), *discriminator.parameters())):
+        weights = itertools.chain(generator.parameters(), discriminator.parameters())
+        if not all(p.isfinite().all() for p in weights):
             fail(f"weights not finite in epoch {epoch}, which is not saved: lower --lr")
         if RANK == 0:
-            rows.append({"epoch": epoch, **metrics, "images_per_second": progress.rate, "seconds": seconds})
-            # The checkpoint comes last: a run killed before it does the whole epoch again, and these files with it.
-            save_grid(generate(generator, fixed_noise), args.out_dir / "samples" / f"epoch_{epoch:04d}.png")
+            speed = {"images_per_second": progress.rate, "seconds": seconds}
+            rows.append({"epoch": epoch, **metrics, **speed})
+            # The checkpoint comes last: a run killed before it does the epoch again, and these files.
+            picture = args.out_dir / "samples" / f"epoch_{epoch:04d}.png"
+            save_grid(generate(generator, fixed_noise), picture)
             save_metrics(rows, args.out_dir / "metrics.csv")
             save_checkpoint(parts, rows, args, args.out_dir / "checkpoint.pt")
             progress.show(metrics)
@@ -247,18 +254,24 @@ def load_images(args):
     Digits are padded with black, CIFAR-10 is resized. Where no set was named and MNIST cannot be had, warns and sets
     args.dataset to synthetic."""
     if args.dataset == "folder":
-        return load_folder(args)
-    kinds = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}
+        paths = list_files(Path(args.data_dir))[RANK::RANKS]
+        if not paths:
+            fail(f"no files in {args.data_dir}: name the folder of the images with --data-dir")
+        read = partial(read_image, channels=args.channels, size=args.image_size)
+        return decode(read, paths, (args.channels, args.image_size, args.image_size))
+    kinds = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}
+    kinds["cifar10"] = datasets.CIFAR10
     named = args.dataset
     args.dataset = named or "mnist"
     if args.dataset in kinds and RANK == 0:
-        socket.setdefaulttimeout(10)  # seconds; torchvision sets none, and a dead network would hang
+        socket.setdefaulttimeout(10)  # seconds: a dead network would hang
         try:
             kinds[args.dataset](args.data_dir, download=True)
-        except (OSError, RuntimeError, ValueError, AssertionError, EOFError, HTTPException) as error:
+        except DOWNLOAD_ERRORS as error:
             why = " ".join(str(error).split())
             reason = f"no whole {args.dataset} in {args.data_dir}, and its download failed ({why})"
-            if named or RANKS > 1:  # never replaced, nor are several processes to find different sets
+            # A named set is never replaced, and several processes must not find different ones.
+            if named or RANKS > 1:
                 fail(f"{reason}: put it there, or choose another --data-dir")
             print(f"warning: {reason}: training on synthetic digits", file=sys.stderr)
             args.dataset = "synthetic"
@@ -275,32 +288,34 @@ def load_images(args):
     return F.pad(images, (margin,) * 4).unsqueeze(1)
 
 
-def load_folder(args):
-    """This process's share of the images below args.data_dir, as in load_images(), in a file on the disk that is mapped
-    into memory: in a folder of TMPDIR, if set. Files that are no images are named and left out."""
-    folder, size = Path(args.data_dir), args.image_size
-    names = sorted(glob.glob("**", root_dir=folder, recursive=True))  # without hidden ones
-    paths = [folder / name for name in names if (folder / name).is_file()][RANK::RANKS]
-    if not paths:
-        fail(f"no images in {folder}: name the folder that holds them with --data-dir")
-    shape = (len(paths), args.channels, size, size)
-    free = shutil.disk_usage(tempfile.gettempdir()).free
-    if math.prod(shape) > free:
-        fail(f"{tempfile.gettempdir()} has {free:,} bytes, {folder} needs {math.prod(shape):,}: set TMPDIR")
-    images, count = np.memmap(tempfile.TemporaryFile(), np.uint8, "w+", shape=shape), 0
-    with ThreadPoolExecutor() as pool:
-        futures = [pool.submit(read_image, path, args.channels, size) for path in paths]
-        for path, future in zip(paths, futures):
+def list_files(folder):
+    """The paths of all files below `folder`, in order, without hidden ones."""
+    names = sorted(glob.glob("**", root_dir=folder, recursive=True))
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def decode(read, paths, shape):
+    """read(path) of all paths, in order: uint8 (N, *shape), in a file of TMPDIR that is mapped into memory. A path for
+    which it raises BadImage is named and left out."""
+    size, folder = len(paths) * math.prod(shape), tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free  # asked first: a full disk would kill the process
+    if size > free:
+        fail(f"{folder} has {free:,} bytes free, the images need {size:,}: set TMPDIR")
+    images = np.memmap(tempfile.TemporaryFile(), np.uint8, "w+", shape=(max(len(paths), 1), *shape))
+    count = 0
+    with ThreadPool() as pool:
+        results = pool.imap(read, paths)
+        for _ in paths:
             try:
-                images[count] = future.result()
+                images[count] = next(results)
                 count += 1
             except BadImage as error:
-                print(f"skipped {path}: {error}", file=sys.stderr)
+                print(f"skipped {error}", file=sys.stderr)
     return torch.from_numpy(images[:count])
 
 
 class BadImage(Exception):
-    """What Pillow cannot read."""
+    """A file that Pillow cannot read."""
 
 
 def read_image(path, channels, size):
@@ -310,7 +325,7 @@ def read_image(path, channels, size):
         image.draft(None, (size, size))  # a large JPEG is decoded at a fraction of its size
         image = ImageOps.exif_transpose(image)
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
-        raise BadImage(error) from error
+        raise BadImage(f"{path}: {error}") from error
     if image.mode.startswith("I;16"):  # 16 bits, which convert() would clip
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
@@ -324,7 +339,8 @@ def synthetic_digits(count, seed):
     glyphs = torch.zeros(10, 1, 28, 28)
     for digit in range(10):
         image = Image.new("L", (28, 28))
-        ImageDraw.Draw(image).text((14, 14), str(digit), 255, ImageFont.load_default(26), anchor="mm")
+        font = ImageFont.load_default(26)
+        ImageDraw.Draw(image).text((14, 14), str(digit), 255, font, anchor="mm")
         glyphs[digit] = pil_to_tensor(image)
     random = torch.Generator().manual_seed(seed)
     digits = glyphs[torch.randint(10, (count,), generator=random)]
@@ -397,7 +413,8 @@ def save_checkpoint(parts, rows, args, path):
     """Replaces the file at `path` in one step: after a kill or on a full disk it is the old one or the new one."""
     kept = {name: value for name, value in vars(args).items() if name not in ONE_COMMAND}
     checkpoint = {"script": NAME, "args": kept, "metrics": rows}
-    checkpoint = json.loads(json.dumps(checkpoint, default=str))  # plain values: load_checkpoint() takes no others
+    # Plain values, whatever a new flag or metric is: load_checkpoint() takes no others.
+    checkpoint = json.loads(json.dumps(checkpoint, default=str))
     for name, part in parts.items():
         checkpoint[name] = part.state_dict()
     with open(path.with_suffix(".part"), "wb") as file:
@@ -460,20 +477,21 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=128, help="images per step and process (%(default)s)")
     add("--lr", type=float, default=2e-4, help="learning rate of Adam (%(default)s)")
     add("--seed", type=int, default=0, help="one seed repeats a CPU run to the bit (%(default)s)")
-    add("--cuda", action="store_true", help="train on the GPU; under torchrun, each process on its own")
+    add("--cuda", action="store_true", help="use the GPU; under torchrun, each process its own")
     add("--bf16", action=yes_or_no, default=False, help="autocast to bfloat16")
     add("--compile", action=yes_or_no, default=False, help="torch.compile the networks")
 
     add = parser.add_argument_group("data").add_argument
     names = (*DIGITS, "cifar10", "folder")
     add("--dataset", choices=names, help="default: mnist, or synthetic if it cannot be had")
-    add("--data-dir", type=os.path.abspath, default="data", help="where the sets are, or a folder's images (data)")
+    where = "where the sets are, or a folder's images (data)"
+    add("--data-dir", type=os.path.abspath, default="data", help=where)
     add("--image-size", type=int, help="4 to 7 times a power of two; default: 32, of a folder 64")
     add("--channels", type=int, choices=(1, 3), help="of a folder: gray or colour; default: colour")
 
     add = parser.add_argument_group("networks").add_argument
     add("--latent-dim", type=int, default=100, help="size of z (%(default)s)")
-    add("--width", type=int, default=256, help="channels of the narrowest level (%(default)s)")
+    add("--width", type=int, default=64, help="channels of the narrowest level (%(default)s)")
 
     add = parser.add_argument_group("files").add_argument
     add("--out-dir", type=Path, help=f"where to write; default: the first free of runs/{NAME}, ...")
@@ -496,8 +514,8 @@ def parse_args(argv=None):
     args.image_size = args.image_size or (64 if args.dataset == "folder" else 32)
     base, levels = base_and_channels(args.image_size, args.width)
     if not 4 <= base <= 7 or not levels:
-        sizes = "8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, ..."
-        parser.error(f"--image-size is 4 to 7 times a power of two ({sizes}), not {args.image_size}")
+        sizes = "28, 32, 40, 48, 56, 64, 80, 96, 112, 128, ..."
+        parser.error(f"--image-size {args.image_size}: take 4 to 7 times a power of two ({sizes})")
     if args.image_size < 28 and args.dataset in (None, *DIGITS):
         parser.error("--image-size: digits of 28x28 are padded, never cropped: 28 or more")
     # fmt: off
@@ -518,7 +536,7 @@ def parse_args(argv=None):
     if args.out_dir and not args.sample:
         there = args.out_dir / "checkpoint.pt"
         if there != args.resume and os.path.exists(there):
-            parser.error(f"{args.out_dir} holds a run: --resume {there}, or choose another --out-dir")
+            parser.error(f"{args.out_dir} holds a run: --resume {there}, or another --out-dir")
     return args, checkpoint
 
 

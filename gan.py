@@ -24,7 +24,6 @@ import copy
 import csv
 import itertools
 import json
-import math
 import os
 import socket
 import sys
@@ -45,6 +44,7 @@ from common import save_grid, select_device
 NAME = Path(__file__).stem  # names the run's folder and its checkpoints
 RANK = int(os.environ.get("RANK", 0))  # which of torchrun's processes this is
 RANKS = int(os.environ.get("WORLD_SIZE", 1))  # and of how many
+DOWNLOAD_ERRORS = (OSError, RuntimeError, ValueError, AssertionError, EOFError, HTTPException)
 
 
 class Generator(nn.Sequential):
@@ -97,8 +97,9 @@ def train(args, checkpoint):
     # Its weights and BatchNorm's averages beside those of G, without the counts of batches.
     average = [value for value in averaged.state_dict().values() if value.is_floating_point()]
     current = [value for value in generator.state_dict().values() if value.is_floating_point()]
-    optimizer_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
+    adam = {"lr": args.lr, "betas": (0.5, 0.999), "fused": True}
+    optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     if args.compile:
         generator.compile()
@@ -130,8 +131,8 @@ def train(args, checkpoint):
         data = batches(images, args.batch_size)
         progress = Progress(epoch, args.epochs, steps, RANKS * args.batch_size * args.d_steps)
         for step in range(1, steps + 1):
-            # Algorithm 1. k steps of D: descend -log D(x) - log(1 - D(G(z))), each on data and noise of its own.
-            # They are no steps of G: fake is detached. One forward for real and fake, as D has no BatchNorm.
+            # Algorithm 1. k steps of D: descend -log D(x) - log(1 - D(G(z))), each on its own data
+            # and noise. They are no steps of G: fake is detached. One forward, as D has no BatchNorm.
             for x in itertools.islice(data, args.d_steps):
                 with autocast:
                     fake = generator(torch.randn(args.batch_size, args.latent_dim, device=device))
@@ -143,7 +144,7 @@ def train(args, checkpoint):
                 average_gradients(discriminator)
                 optimizer_d.step()
 
-            # G: descend -log D(G(z)), or log(1 - D(G(z))), through the new D, whose own gradients are not computed.
+            # G: descend -log D(G(z)), or log(1 - D(G(z))), through the new D, without D's gradients.
             with autocast:
                 logits = discriminator(fake)
             loss_g = generator_loss(logits.float(), args.saturating)
@@ -152,22 +153,26 @@ def train(args, checkpoint):
             average_gradients(generator)
             optimizer_g.step()
 
-            # A mean over the last tenth of G's steps, and from step 10,000 over the last 1000 or so: Yazici et al. 2019
-            # (arXiv:1806.04498), who take 0.001 from the start, and so keep the random first G long.
+            # A mean over the last tenth of G's steps, from step 10,000 over the last 1000 or so:
+            # Yazici et al. 2019 (arXiv:1806.04498), who take 0.001 from the start.
             total = (epoch - 1) * steps + step
             torch._foreach_lerp_(average, current, max(0.001, 10 / (10 + total)))
 
-            d_real, d_fake = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()  # of the last D step
+            # Of D's last step.
+            d_real, d_fake = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
             progress.add(loss_d=loss_d, loss_g=loss_g, d_real=d_real, d_fake=d_fake)
 
         metrics = progress.means()
         seconds += progress.seconds
-        if not all(p.isfinite().all() for p in (*generator.parameters(), *discriminator.parameters())):
+        weights = itertools.chain(generator.parameters(), discriminator.parameters())
+        if not all(p.isfinite().all() for p in weights):
             fail(f"weights not finite in epoch {epoch}, which is not saved: lower --lr")
         if RANK == 0:
-            rows.append({"epoch": epoch, **metrics, "images_per_second": progress.rate, "seconds": seconds})
-            # The checkpoint comes last: a run killed before it does the whole epoch again, and these files with it.
-            save_grid(generate(averaged, fixed_noise), args.out_dir / "samples" / f"epoch_{epoch:04d}.png")
+            speed = {"images_per_second": progress.rate, "seconds": seconds}
+            rows.append({"epoch": epoch, **metrics, **speed})
+            # The checkpoint comes last: a run killed before it does the epoch again, and these files.
+            picture = args.out_dir / "samples" / f"epoch_{epoch:04d}.png"
+            save_grid(generate(averaged, fixed_noise), picture)
             save_metrics(rows, args.out_dir / "metrics.csv")
             save_checkpoint(parts, rows, args, args.out_dir / "checkpoint.pt")
             progress.show(metrics)
@@ -225,13 +230,14 @@ def load_images(args):
     named = args.dataset
     args.dataset = named or "mnist"
     if args.dataset in kinds and RANK == 0:
-        socket.setdefaulttimeout(10)  # seconds; torchvision sets none, and a dead network would hang
+        socket.setdefaulttimeout(10)  # seconds: a dead network would hang
         try:
             kinds[args.dataset](args.data_dir, download=True)
-        except (OSError, RuntimeError, ValueError, AssertionError, EOFError, HTTPException) as error:
+        except DOWNLOAD_ERRORS as error:
             why = " ".join(str(error).split())
             reason = f"no whole {args.dataset} in {args.data_dir}, and its download failed ({why})"
-            if named or RANKS > 1:  # never replaced, nor are several processes to find different sets
+            # A named set is never replaced, and several processes must not find different ones.
+            if named or RANKS > 1:
                 fail(f"{reason}: put it there, or choose another --data-dir")
             print(f"warning: {reason}: training on synthetic digits", file=sys.stderr)
             args.dataset = "synthetic"
@@ -249,7 +255,8 @@ def synthetic_digits(count, seed):
     glyphs = torch.zeros(10, 1, 28, 28)
     for digit in range(10):
         image = Image.new("L", (28, 28))
-        ImageDraw.Draw(image).text((14, 14), str(digit), 255, ImageFont.load_default(26), anchor="mm")
+        font = ImageFont.load_default(26)
+        ImageDraw.Draw(image).text((14, 14), str(digit), 255, font, anchor="mm")
         glyphs[digit] = pil_to_tensor(image)
     random = torch.Generator().manual_seed(seed)
     digits = glyphs[torch.randint(10, (count,), generator=random)]
@@ -321,7 +328,8 @@ def save_checkpoint(parts, rows, args, path):
     """Replaces the file at `path` in one step: after a kill or on a full disk it is the old one or the new one."""
     kept = {name: value for name, value in vars(args).items() if name not in ONE_COMMAND}
     checkpoint = {"script": NAME, "args": kept, "metrics": rows}
-    checkpoint = json.loads(json.dumps(checkpoint, default=str))  # plain values: load_checkpoint() takes no others
+    # Plain values, whatever a new flag or metric is: load_checkpoint() takes no others.
+    checkpoint = json.loads(json.dumps(checkpoint, default=str))
     for name, part in parts.items():
         checkpoint[name] = part.state_dict()
     with open(path.with_suffix(".part"), "wb") as file:
@@ -386,7 +394,7 @@ def parse_args(argv=None):
     add("--d-steps", type=int, default=1, help="k, steps of D for each of G (%(default)s)")
     add("--saturating", action=yes_or_no, default=False, help="G descends log(1 - D(G(z)))")
     add("--seed", type=int, default=0, help="one seed repeats a CPU run to the bit (%(default)s)")
-    add("--cuda", action="store_true", help="train on the GPU; under torchrun, each process on its own")
+    add("--cuda", action="store_true", help="use the GPU; under torchrun, each process its own")
     add("--bf16", action=yes_or_no, default=False, help="autocast to bfloat16")
     add("--compile", action=yes_or_no, default=False, help="torch.compile the networks")
 
@@ -432,7 +440,7 @@ def parse_args(argv=None):
     if args.out_dir and not args.sample:
         there = args.out_dir / "checkpoint.pt"
         if there != args.resume and os.path.exists(there):
-            parser.error(f"{args.out_dir} holds a run: --resume {there}, or choose another --out-dir")
+            parser.error(f"{args.out_dir} holds a run: --resume {there}, or another --out-dir")
     return args, checkpoint
 
 

@@ -57,7 +57,8 @@ from common import save_grid, select_device
 NAME = Path(__file__).stem  # names the run's folder and its checkpoints
 RANK = int(os.environ.get("RANK", 0))  # which of torchrun's processes this is
 RANKS = int(os.environ.get("WORLD_SIZE", 1))  # and of how many
-URL = "http://efrosgans.eecs.berkeley.edu/pix2pix/datasets/{}.tar.gz"  # facades and maps, with train/ and val/
+# Facades and maps, with train/ and val/.
+URL = "http://efrosgans.eecs.berkeley.edu/pix2pix/datasets/{}.tar.gz"
 
 
 class Generator(nn.Module):
@@ -65,26 +66,33 @@ class Generator(nn.Module):
 
     def __init__(self, image_size, width):
         super().__init__()
-        levels = min(image_size.bit_length() - 1, 8)  # down to 1x1; from 512 to 2x2, from 1024 to 4x4
+        levels = min(
+            image_size.bit_length() - 1, 8
+        )  # down to 1x1; from 512 to 2x2, from 1024 to 4x4
         channels = [width * min(2**i, 8) for i in range(levels)]
 
-        self.encoder = nn.ModuleList([nn.Conv2d(3, width, 4, 2, 1)])  # (B, width, image_size/2, image_size/2)
+        self.encoder = nn.ModuleList(
+            [nn.Conv2d(3, width, 4, 2, 1)]
+        )  # (B, width, image_size/2, image_size/2)
         for i, (before, after) in enumerate(itertools.pairwise(channels), 2):  # (B, before, h, h)
             normed = i < levels
-            level = [nn.LeakyReLU(0.2), nn.Conv2d(before, after, 4, 2, 1, bias=not normed)]  # (B, after, h/2, h/2)
+            level = [nn.LeakyReLU(0.2)]
+            level += [nn.Conv2d(before, after, 4, 2, 1, bias=not normed)]  # (B, after, h/2, h/2)
             if normed:
                 level += [nn.InstanceNorm2d(after, affine=True)]
             self.encoder.append(nn.Sequential(*level))
 
         self.decoder = nn.ModuleList()
-        for i, (before, after) in enumerate(itertools.pairwise(channels[::-1])):  # (B, before, h, h), and the skip's
-            inputs = before if i == 0 else 2 * before
-            level = [nn.ReLU(), nn.ConvTranspose2d(inputs, after, 4, 2, 1, bias=False)]  # (B, after, 2h, 2h)
-            level += [nn.InstanceNorm2d(after, affine=True)]
+        for i, (before, after) in enumerate(itertools.pairwise(channels[::-1])):
+            inputs = before if i == 0 else 2 * before  # with the skip's: (B, inputs, h, h)
+            level = [nn.ReLU(), nn.ConvTranspose2d(inputs, after, 4, 2, 1, bias=False)]
+            level += [nn.InstanceNorm2d(after, affine=True)]  # (B, after, 2h, 2h)
             if i < 3:
                 level += [nn.Dropout(0.5)]
             self.decoder.append(nn.Sequential(*level))
-        self.decoder.append(nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(2 * width, 3, 4, 2, 1), nn.Tanh()))
+        self.decoder.append(
+            nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(2 * width, 3, 4, 2, 1), nn.Tanh())
+        )
         self.apply(initialize)
 
     def forward(self, x):
@@ -102,11 +110,15 @@ class Discriminator(nn.Sequential):
     """PatchGAN: source and image, each (B, 3, H, W), to a logit for each patch of 70x70, (B, 1, H/8 - 2, W/8 - 2)."""
 
     def __init__(self, width):
-        layers = [nn.Conv2d(6, width, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]  # (B, width, H/2, W/2)
-        c = width
-        for stride in (2, 2, 1):  # to (B, 8 * width, H/8 - 1, W/8 - 1)
-            layers += [nn.Conv2d(c, 2 * c, 4, stride, 1, bias=False), nn.InstanceNorm2d(2 * c, affine=True)]
-            layers += [nn.LeakyReLU(0.2, inplace=True)]
+        layers = [nn.Conv2d(6, width, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
+        c = width  # (B, c, H/2, W/2)
+        for stride in (
+            2,
+            2,
+            1,
+        ):  # to (B, 2c, H/4, W/4), (B, 4c, H/8, W/8), (B, 8c, H/8 - 1, W/8 - 1)
+            layers += [nn.Conv2d(c, 2 * c, 4, stride, 1, bias=False)]
+            layers += [nn.InstanceNorm2d(2 * c, affine=True), nn.LeakyReLU(0.2, inplace=True)]
             c *= 2
         super().__init__(*layers, nn.Conv2d(c, 1, 4, 1, 1))
         self.apply(initialize)
@@ -147,8 +159,9 @@ def train(args, checkpoint):
     torch.manual_seed(args.seed)
     generator = Generator(args.image_size, args.width).to(device)
     discriminator = Discriminator(args.width).to(device)
-    optimizer_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
+    adam = {"lr": args.lr, "betas": (0.5, 0.999), "fused": True}
+    optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     if args.compile:
         generator.compile()
@@ -182,7 +195,7 @@ def train(args, checkpoint):
             optimizer.param_groups[0]["lr"] = lr
         progress = Progress(epoch, args.epochs, steps, RANKS * args.batch_size)
         for source, target in itertools.islice(batches(pairs, args, device), steps):
-            # D: descend the halved -log D(x, y) - log(1 - D(x, G(x))). The step is not G's: fake is detached.
+            # D: descend the halved -log D(x, y) - log(1 - D(x, G(x))). Not G's step: fake is detached.
             with autocast:
                 fake = generator(source)
                 real_logits = discriminator(source, target).float()
@@ -193,7 +206,7 @@ def train(args, checkpoint):
             average_gradients(discriminator)
             optimizer_d.step()
 
-            # G: descend eq. 4, -log D(x, G(x)) + 100 |y - G(x)|, through the new D, whose own gradients are not computed.
+            # G: descend eq. 4, -log D(x, G(x)) + 100 |y - G(x)|, through the new D.
             with autocast:
                 logits = discriminator(source, fake).float()
             loss_gan = generator_loss(logits)
@@ -207,15 +220,18 @@ def train(args, checkpoint):
 
         metrics = progress.means()
         seconds += progress.seconds
-        if not all(p.isfinite().all() for p in (*generator.parameters(), *discriminator.parameters())):
+        weights = itertools.chain(generator.parameters(), discriminator.parameters())
+        if not all(p.isfinite().all() for p in weights):
             fail(f"weights not finite in epoch {epoch}, which is not saved: lower --lr")
         if RANK == 0:
             with autocast:
                 grid, val_l1, val_psnr = evaluate(generator, held_out, args, device)
             metrics |= {"val_l1": val_l1, "val_psnr": val_psnr}
-            rows.append({"epoch": epoch, **metrics, "images_per_second": progress.rate, "seconds": seconds})
-            # The checkpoint comes last: a run killed before it does the whole epoch again, and these files with it.
-            save_grid(grid, args.out_dir / "samples" / f"epoch_{epoch:04d}.png", columns=6)
+            speed = {"images_per_second": progress.rate, "seconds": seconds}
+            rows.append({"epoch": epoch, **metrics, **speed})
+            # The checkpoint comes last: a run killed before it does the epoch again, and these files.
+            picture = args.out_dir / "samples" / f"epoch_{epoch:04d}.png"
+            save_grid(grid, picture, columns=6)
             save_metrics(rows, args.out_dir / "metrics.csv")
             save_checkpoint(parts, rows, args, args.out_dir / "checkpoint.pt")
             progress.show(metrics)
@@ -247,7 +263,8 @@ def evaluate(generator, held_out, args, device):
         source, target = split_pairs(pair.to(device), args.direction)
         output = translate(generator, source, args.seed)
         l1.append(F.l1_loss(output, target))
-        psnr.append(10 * torch.log10(4 / F.mse_loss(output, target).clamp(min=1e-10)))  # 2 squared, the range of values
+        mse = F.mse_loss(output, target).clamp(min=1e-10)
+        psnr.append(10 * torch.log10(4 / mse))  # 4: the square of the range of values
         if len(grid) < 24:
             grid += [source, output, target]
     return torch.cat(grid), torch.stack(l1).mean().item(), torch.stack(psnr).mean().item()
@@ -255,8 +272,9 @@ def evaluate(generator, held_out, args, device):
 
 def sample(args, checkpoint):
     device = select_device(args.cuda)
-    generator = Generator(args.image_size, args.width).to(device).train(not args.deterministic)  # for dropout
+    generator = Generator(args.image_size, args.width).to(device)
     generator.load_state_dict(checkpoint["generator"])
+    generator.train(not args.deterministic)  # with dropout, as in training
     folder = first_free(args.out_dir / "generated")
     grid, count = [], 0
     for name, source, target in itertools.islice(sources(args), args.num_samples):
@@ -312,8 +330,10 @@ def load_pairs(args, split):
             try:
                 download(args.dataset, folder.parent)
             except (OSError, tarfile.TarError, EOFError, zlib.error, HTTPException) as error:
-                reason = f"no {args.dataset} in {args.data_dir}, and its download from {URL.format(args.dataset)} failed ({error})"
-                if named or RANKS > 1:  # never replaced, nor are several processes to find different sets
+                reason = f"no {args.dataset} in {args.data_dir}, and its download failed"
+                reason += f" ({URL.format(args.dataset)}: {error})"
+                # A named set is never replaced, and several processes must not find different ones.
+                if named or RANKS > 1:
                     fail(f"{reason}: put it there, or choose another --data-dir")
                 print(f"warning: {reason}: training on synthetic facades", file=sys.stderr)
                 args.dataset = "synthetic"
@@ -325,7 +345,9 @@ def load_pairs(args, split):
     apart = (folder / "A").is_dir() and (folder / "B").is_dir()
     paths = pairs_in_two_folders(folder, split) if apart else pairs_side_by_side(folder, split)
     if not paths:
-        fail(f"no {split} pairs in {folder}: it needs train/ and val/ or test/, or A/ and B/ with two pairs")
+        fail(
+            f"no {split} pairs in {folder}: it needs train/ and val/ or test/, or A/ and B/ with two pairs"
+        )
     return decode(partial(read_pair, size=size), paths[share], (2, 3, size, size))
 
 
@@ -333,7 +355,9 @@ def download(name, folder):
     """Makes folder/name from the authors' archive, whole or not at all; a member that points outside it is refused."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as part:
-        with urllib.request.urlopen(URL.format(name), timeout=10) as response:  # seconds; a dead network would hang
+        with urllib.request.urlopen(
+            URL.format(name), timeout=10
+        ) as response:  # seconds; a dead network would hang
             with tarfile.open(fileobj=response, mode="r|gz") as archive:
                 archive.extractall(part, filter="data")
         os.replace(Path(part, name), folder / name)
@@ -351,7 +375,9 @@ def pairs_in_two_folders(folder, split):
     suffixes = Image.registered_extensions()
     names = []
     for side in (folder / "A", folder / "B"):
-        names.append({path.relative_to(side) for path in list_files(side) if path.suffix.lower() in suffixes})
+        names.append(
+            {path.relative_to(side) for path in list_files(side) if path.suffix.lower() in suffixes}
+        )
     for name in sorted(names[0] ^ names[1]):
         fail(f"{name} is in one of {folder}/A and {folder}/B, and its partner is missing")
     chosen = sorted(names[0])
@@ -372,7 +398,7 @@ def decode(read, paths, shape):
     size, folder = len(paths) * math.prod(shape), tempfile.gettempdir()
     free = shutil.disk_usage(folder).free  # asked first: a full disk would kill the process
     if size > free:
-        fail(f"{folder} has {free:,} bytes free, the images need {size:,}: set TMPDIR to another folder")
+        fail(f"{folder} has {free:,} bytes free, the images need {size:,}: set TMPDIR")
     images = np.memmap(tempfile.TemporaryFile(), np.uint8, "w+", shape=(max(len(paths), 1), *shape))
     count = 0
     with ThreadPool() as pool:
@@ -397,9 +423,12 @@ def read_pair(paths, size):
         width, height = images[0].size
         if width % 2:
             raise BadImage(f"{paths[0]}: two images side by side have an even width, not {width}")
-        images = [images[0].crop((left, 0, left + width // 2, height)) for left in (0, width // 2)]
+        half = width // 2
+        images = [images[0].crop((left, 0, left + half, height)) for left in (0, half)]
     elif images[0].size != images[1].size:
-        raise BadImage(f"{paths[0]}: its size is {images[0].size}, that of {paths[1]} {images[1].size}")
+        raise BadImage(
+            f"{paths[0]}: its size is {images[0].size}, that of {paths[1]} {images[1].size}"
+        )
     return torch.stack([to_square(image, size) for image in images])
 
 
@@ -425,7 +454,10 @@ def synthetic_facades(count, size, seed):
     random, pairs = np.random.default_rng(seed), []
     for _ in range(count):
         sky, wall, glass, door = random.integers((90, 110, 20, 40), (200, 220, 90, 120), (3, 4)).T
-        photo, labels = Image.new("RGB", (256, 256), tuple(sky)), Image.new("RGB", (256, 256), (0, 0, 222))
+        photo, labels = (
+            Image.new("RGB", (256, 256), tuple(sky)),
+            Image.new("RGB", (256, 256), (0, 0, 222)),
+        )
 
         def box(x, y, w, h, color, label):
             ImageDraw.Draw(photo).rectangle((x, y, x + w, y + h), tuple(color))
@@ -442,7 +474,9 @@ def synthetic_facades(count, size, seed):
                 box(x - 2, y + h, w + 4, 4, wall + 15, (112, 255, 142))  # sill
         box(20, 226, 216, 30, wall // 2, (174, 0, 0))  # shop
         box(20 + width * random.integers(columns), 214, w, 42, door, (0, 207, 255))
-        noisy = Image.fromarray(np.uint8(np.clip(photo + random.normal(0, 8, (256, 256, 3)), 0, 255)))
+        noisy = Image.fromarray(
+            np.uint8(np.clip(photo + random.normal(0, 8, (256, 256, 3)), 0, 255))
+        )
         pairs.append(torch.stack([to_square(noisy, size), to_square(labels, size)]))
     return torch.stack(pairs)
 
@@ -460,7 +494,7 @@ def jitter(pairs, size):
     top, left = torch.randint(pairs.shape[-1] - size + 1, (2, len(pairs))).tolist()
     mirror = torch.randint(2, (len(pairs),)).tolist()
     crops = [pair[..., y : y + size, x : x + size] for pair, y, x in zip(pairs, top, left)]
-    return torch.stack([crop.flip(-1) if mirrored else crop for crop, mirrored in zip(crops, mirror)])
+    return torch.stack([crop.flip(-1) if flip else crop for crop, flip in zip(crops, mirror)])
 
 
 def split_pairs(pairs, direction):
@@ -529,7 +563,8 @@ def save_checkpoint(parts, rows, args, path):
     """Replaces the file at `path` in one step: after a kill or on a full disk it is the old one or the new one."""
     kept = {name: value for name, value in vars(args).items() if name not in ONE_COMMAND}
     checkpoint = {"script": NAME, "args": kept, "metrics": rows}
-    checkpoint = json.loads(json.dumps(checkpoint, default=str))  # plain values: load_checkpoint() takes no others
+    # Plain values, whatever a new flag or metric is: load_checkpoint() takes no others.
+    checkpoint = json.loads(json.dumps(checkpoint, default=str))
     for name, part in parts.items():
         checkpoint[name] = part.state_dict()
     with open(path.with_suffix(".part"), "wb") as file:
@@ -595,14 +630,15 @@ def parse_args(argv=None):
     add("--l1-weight", type=float, default=100.0, help="of the L1 loss (%(default)s)")
     add("--gan-weight", type=float, default=1.0, help="of the GAN's loss (%(default)s)")
     add("--seed", type=int, default=0, help="one seed repeats a CPU run to the bit (%(default)s)")
-    add("--cuda", action="store_true", help="train on the GPU; under torchrun, each process on its own")
+    add("--cuda", action="store_true", help="use the GPU; under torchrun, each process its own")
     add("--bf16", action=yes_or_no, default=False, help="autocast to bfloat16")
     add("--compile", action=yes_or_no, default=False, help="torch.compile the networks")
 
     add = parser.add_argument_group("data").add_argument
     names = ("facades", "maps", "folder", "synthetic")
     add("--dataset", choices=names, help="default: facades, or synthetic if they cannot be had")
-    add("--data-dir", type=os.path.abspath, default="data", help="where the sets are, or a folder's pairs (data)")
+    where = "where the sets are, or a folder's pairs (data)"
+    add("--data-dir", type=os.path.abspath, default="data", help=where)
     add("--direction", choices=("AtoB", "BtoA"), help="default: AtoB; facades, synthetic: BtoA")
     add("--image-size", type=int, default=256, help="a power of two from 32 to 1024 (%(default)s)")
     add("--jitter", action=yes_or_no, default=True, help="crop from 286/256 of the size, mirror")
@@ -650,7 +686,7 @@ def parse_args(argv=None):
     if args.out_dir and not args.sample:
         there = args.out_dir / "checkpoint.pt"
         if there != args.resume and os.path.exists(there):
-            parser.error(f"{args.out_dir} holds a run: --resume {there}, or choose another --out-dir")
+            parser.error(f"{args.out_dir} holds a run: --resume {there}, or another --out-dir")
     return args, checkpoint
 
 

@@ -48,6 +48,7 @@ from common import save_grid, select_device
 NAME = Path(__file__).stem  # names the run's folder and its checkpoints
 RANK = int(os.environ.get("RANK", 0))  # which of torchrun's processes this is
 RANKS = int(os.environ.get("WORLD_SIZE", 1))  # and of how many
+DOWNLOAD_ERRORS = (OSError, RuntimeError, ValueError, AssertionError, EOFError, HTTPException)
 
 
 class VAE(nn.Module):
@@ -56,8 +57,16 @@ class VAE(nn.Module):
     def __init__(self, width, latent_dim, autoencoder=False, pixels=784):
         super().__init__()
         self.autoencoder = autoencoder
-        self.encoder = nn.Sequential(nn.Linear(pixels, width), nn.ReLU(), nn.Linear(width, 2 * latent_dim))
-        self.decoder = nn.Sequential(nn.Linear(latent_dim, width), nn.ReLU(), nn.Linear(width, pixels))
+        self.encoder = nn.Sequential(
+            nn.Linear(pixels, width),
+            nn.ReLU(),
+            nn.Linear(width, 2 * latent_dim),
+        )
+        self.decoder = nn.Sequential(
+            nn.Linear(latent_dim, width),
+            nn.ReLU(),
+            nn.Linear(width, pixels),
+        )
 
     def encode(self, x):
         """x (B, pixels) in [0, 1] to mean and logvar, each (B, latent_dim)."""
@@ -111,8 +120,9 @@ def train(args, checkpoint):
             part.load_state_dict(checkpoint[name])
     schedule = None
     if not args.constant_lr:
-        options = {"total_steps": args.epochs * steps, "last_epoch": len(rows) * steps - 1}
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, cycle_momentum=False, **options)
+        options = {"total_steps": args.epochs * steps, "cycle_momentum": False}
+        options["last_epoch"] = len(rows) * steps - 1  # the steps done are 0, 1, ..., this one
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, **options)
 
     if RANK == 0:
         args.out_dir = args.out_dir or first_free(Path("runs", NAME))
@@ -155,14 +165,16 @@ def train(args, checkpoint):
         if RANK == 0:
             model.eval()
             metrics |= evaluate(model, held_out, args)
-            rows.append({"epoch": epoch, **metrics, "images_per_second": progress.rate, "seconds": seconds})
-            # The checkpoint comes last: a run killed before it does the whole epoch again, and these files with it.
+            speed = {"images_per_second": progress.rate, "seconds": seconds}
+            rows.append({"epoch": epoch, **metrics, **speed})
+            # The checkpoint comes last: a run killed before it does the epoch again, and these files.
             picture = f"epoch_{epoch:04d}.png"
             x = held_out[:16].float().div(255)
             pairs = torch.cat([x.view(-1, 1, 28, 28), decode(model, model.encode(x)[0])])
             save_grid(pairs, args.out_dir / "reconstructions" / picture, len(x), value_range=(0, 1))
             if not args.autoencoder:
-                save_grid(decode(model, fixed_noise), args.out_dir / "samples" / picture, value_range=(0, 1))
+                images = decode(model, fixed_noise)
+                save_grid(images, args.out_dir / "samples" / picture, value_range=(0, 1))
             save_metrics(rows, args.out_dir / "metrics.csv")
             save_checkpoint(parts, rows, args, args.out_dir / "checkpoint.pt")
             progress.show(metrics)
@@ -174,7 +186,8 @@ def train(args, checkpoint):
         # Figure 4: the unit square through the Gaussian's quantiles, z_1 to the right and z_2 upwards.
         quantiles = torch.special.ndtri((torch.arange(20) + 0.5) / 20)
         z = torch.cartesian_prod(-quantiles, quantiles).flip(1).to(device)
-        save_grid(decode(model.eval(), z), args.out_dir / "manifold.png", columns=20, value_range=(0, 1))
+        images = decode(model.eval(), z)
+        save_grid(images, args.out_dir / "manifold.png", columns=20, value_range=(0, 1))
 
 
 def average_gradients(network):
@@ -215,7 +228,8 @@ def log_likelihood_bound(model, x, count, random):
     mean, logvar = model.encode(x)
     log_weights = []
     for first in range(0, count, 50):
-        epsilon = torch.randn(min(50, count - first), *mean.shape, generator=random, device=x.device)
+        shape = (min(50, count - first), *mean.shape)
+        epsilon = torch.randn(shape, generator=random, device=x.device)
         z = reparameterize(mean, logvar, epsilon)  # (50, B, latent_dim)
         log_px_z = -reconstruction_loss(model.decoder(z), x)  # (50, B)
         log_pz_qz = 0.5 * (epsilon.square() + logvar - z.square()).sum(-1)  # the two 2 pi cancel
@@ -227,15 +241,15 @@ def evaluate_checkpoint(args, checkpoint):
     device = select_device(args.cuda)
     model = restore(args, checkpoint, device)
     random = torch.Generator(device).manual_seed(args.seed)
-    bounds = []
+    count, bounds = args.importance_samples, []
     for part in load_images(args)[1].to(device).split(100):
-        bounds.append(log_likelihood_bound(model, part.float().div(255), args.importance_samples, random))
+        bounds.append(log_likelihood_bound(model, part.float().div(255), count, random))
         if sys.stdout.isatty():
             print(f"{100 * len(bounds):,} images", end="\r", flush=True)
     bounds = torch.cat(bounds).double()
     error = bounds.std() / math.sqrt(len(bounds))
-    print(f"{args.dataset}: log p(x) >= {bounds.mean():.2f} nats, mean of {len(bounds):,} held-out images", end=" ")
-    print(f"({args.importance_samples} importance samples, standard error over the images {error:.2f})")
+    print(f"{args.dataset}: log p(x) >= {bounds.mean():.2f} nats", end=", ")
+    print(f"the mean of {len(bounds):,} held-out images (standard error {error:.2f}), K = {count}")
 
 
 def sample(args, checkpoint):
@@ -244,12 +258,13 @@ def sample(args, checkpoint):
     torch.manual_seed(args.seed)
     z, name, columns = torch.randn(args.num_samples, args.latent_dim), "generated", 8
     if args.interpolate:
-        z, name, columns = walks(model, load_images(args)[1].to(device), args.interpolate), "interpolation", 10
+        z, name, columns = walks(model, load_images(args)[1], args.interpolate), "interpolation", 10
     images = torch.cat([decode(model, part.to(device)).cpu() for part in z.split(500)])
     folder = first_free(args.out_dir / name)
     for n, image in enumerate(images):
         to_pil_image(image.mul(255).round().byte()).save(folder / f"{n:05d}.png")
-    save_grid(images if args.interpolate else images[:64], folder.with_suffix(".png"), columns, value_range=(0, 1))
+    shown = images if args.interpolate else images[:64]
+    save_grid(shown, folder.with_suffix(".png"), columns, value_range=(0, 1))
     print(f"{len(images):,} images in {folder}, a grid in {folder}.png")
 
 
@@ -258,8 +273,9 @@ def walks(model, images, count):
     """z (10 * count, latent_dim): from the encoding of an image straight to another's, ten points each."""
     if len(images) < 2 * count:
         fail(f"--interpolate: {len(images):,} held-out images are too few, two a walk")
-    a, b = model.encode(images[: 2 * count].float().div(255))[0].view(2, count, 1, -1)
-    t = torch.linspace(0, 1, 10, device=images.device)[:, None]
+    x = images[: 2 * count].to(model.decoder[0].weight.device).float().div(255)
+    a, b = model.encode(x)[0].view(2, count, 1, -1)
+    t = torch.linspace(0, 1, 10, device=x.device)[:, None]
     return torch.lerp(a, b, t).flatten(0, 1)
 
 
@@ -277,14 +293,15 @@ def load_images(args):
     named = args.dataset
     args.dataset = named or "mnist"
     if args.dataset in kinds and RANK == 0:
-        socket.setdefaulttimeout(10)  # seconds; torchvision sets none, and a dead network would hang
+        socket.setdefaulttimeout(10)  # seconds: a dead network would hang
         try:
             for train in (True, False):
                 kinds[args.dataset](args.data_dir, train, download=True)
-        except (OSError, RuntimeError, ValueError, AssertionError, EOFError, HTTPException) as error:
+        except DOWNLOAD_ERRORS as error:
             why = " ".join(str(error).split())
             reason = f"no whole {args.dataset} in {args.data_dir}, and its download failed ({why})"
-            if named or RANKS > 1:  # never replaced, nor are several processes to find different sets
+            # A named set is never replaced, and several processes must not find different ones.
+            if named or RANKS > 1:
                 fail(f"{reason}: put it there, or choose another --data-dir")
             print(f"warning: {reason}: training on synthetic digits", file=sys.stderr)
             args.dataset = "synthetic"
@@ -293,7 +310,8 @@ def load_images(args):
     if args.dataset == "synthetic":
         images, held_out = synthetic_digits(20_000, seed=0), synthetic_digits(2_000, seed=1)
     else:
-        images, held_out = (kinds[args.dataset](args.data_dir, train).data for train in (True, False))
+        images = kinds[args.dataset](args.data_dir, train=True).data
+        held_out = kinds[args.dataset](args.data_dir, train=False).data
     return images[RANK::RANKS].flatten(1), held_out.flatten(1)
 
 
@@ -302,7 +320,8 @@ def synthetic_digits(count, seed):
     glyphs = torch.zeros(10, 1, 28, 28)
     for digit in range(10):
         image = Image.new("L", (28, 28))
-        ImageDraw.Draw(image).text((14, 14), str(digit), 255, ImageFont.load_default(26), anchor="mm")
+        font = ImageFont.load_default(26)
+        ImageDraw.Draw(image).text((14, 14), str(digit), 255, font, anchor="mm")
         glyphs[digit] = pil_to_tensor(image)
     random = torch.Generator().manual_seed(seed)
     digits = glyphs[torch.randint(10, (count,), generator=random)]
@@ -374,7 +393,8 @@ def save_checkpoint(parts, rows, args, path):
     """Replaces the file at `path` in one step: after a kill or on a full disk it is the old one or the new one."""
     kept = {name: value for name, value in vars(args).items() if name not in ONE_COMMAND}
     checkpoint = {"script": NAME, "args": kept, "metrics": rows}
-    checkpoint = json.loads(json.dumps(checkpoint, default=str))  # plain values: load_checkpoint() takes no others
+    # Plain values, whatever a new flag or metric is: load_checkpoint() takes no others.
+    checkpoint = json.loads(json.dumps(checkpoint, default=str))
     for name, part in parts.items():
         checkpoint[name] = part.state_dict()
     with open(path.with_suffix(".part"), "wb") as file:
@@ -422,7 +442,8 @@ def fail(reason):
 
 
 # Flags of one command, which a checkpoint does not keep, and those that it fixes.
-ONE_COMMAND = ("cuda", "out_dir", "resume", "sample", "num_samples", "interpolate", "eval", "importance_samples")
+ONE_COMMAND = ("cuda", "out_dir", "resume", "sample", "num_samples", "interpolate")
+ONE_COMMAND += ("eval", "importance_samples")
 FIXED = ("dataset", "latent_dim", "width", "autoencoder", "lr", "constant_lr")
 
 
@@ -439,7 +460,7 @@ def parse_args(argv=None):
     add("--constant-lr", action=yes_or_no, default=False, help="a constant rate, not one cycle")
     add("--beta", type=float, default=1.0, help="weight of the KL term (%(default)s)")
     add("--seed", type=int, default=0, help="one seed repeats a CPU run to the bit (%(default)s)")
-    add("--cuda", action="store_true", help="train on the GPU; under torchrun, each process on its own")
+    add("--cuda", action="store_true", help="use the GPU; under torchrun, each process its own")
     add("--bf16", action=yes_or_no, default=False, help="autocast to bfloat16")
     add("--compile", action=yes_or_no, default=False, help="torch.compile the networks")
 
@@ -451,7 +472,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("networks").add_argument
     add("--latent-dim", type=int, default=20, help="size of z (%(default)s)")
     add("--width", type=int, default=400, help="units of the hidden layers (%(default)s)")
-    add("--autoencoder", action="store_true", help="the deterministic twin: z is the mean, and no KL")
+    add("--autoencoder", action="store_true", help="the deterministic twin: z is the mean")
 
     add = parser.add_argument_group("files").add_argument
     add("--out-dir", type=Path, help=f"where to write; default: the first free of runs/{NAME}, ...")
@@ -484,13 +505,13 @@ def parse_args(argv=None):
     if args.interpolate and not args.sample:
         parser.error("--interpolate needs --sample")
     if args.autoencoder and (args.eval or (args.sample and not args.interpolate)):
-        parser.error("an autoencoder has no prior to sample from and no likelihood: try --interpolate")
+        parser.error("an autoencoder has neither prior nor likelihood: try --interpolate")
     if (args.sample or args.eval) and RANKS > 1:
         parser.error("--sample and --eval are for one process: leave torchrun out")
     if args.out_dir and not args.sample and not args.eval:
         there = args.out_dir / "checkpoint.pt"
         if there != args.resume and os.path.exists(there):
-            parser.error(f"{args.out_dir} holds a run: --resume {there}, or choose another --out-dir")
+            parser.error(f"{args.out_dir} holds a run: --resume {there}, or another --out-dir")
     return args, checkpoint
 
 
