@@ -14,7 +14,7 @@ Differences from the paper:
 1. The depth follows the image size, b * 2**k with b from 4 to 7: start at b x b, k levels of stride 2, channels doubling
    to at most 16 times --width. At 64 pixels and --width 128 those are figure 1's: 1024, 512, 256, 128.
 2. Kernels are 4x4, not figure 1's 5x5: at stride 2, every output then comes from equally many inputs.
-3. z is normal, not uniform: its walks (--interpolate) stay where training was.
+3. z ~ N(0, I), not uniform: of it the points of a walk (--interpolate) are drawn, too.
 4. D ends in a convolution over all that is left, which is the paper's flattening into one output, as a logit.
 5. Digits are padded to 32x32, not stretched, and written back at 28x28.
 6. Grids and samples use BatchNorm's running averages, so that an image does not depend on those beside it.
@@ -136,10 +136,10 @@ def train(args, checkpoint):
         generator.compile()
         discriminator.compile()
 
-    # Go on where the checkpoint stopped, with --lr as it is now.
+    # Go on where the checkpoint stopped, with --lr as it is now, and Adam's other settings as saved.
     parts = {"generator": generator, "discriminator": discriminator}
     parts |= {"optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
-    rows, seconds = [], 0.0
+    rows, seconds = [], 0.0  # a row for each epoch done
     if checkpoint:
         rows = checkpoint["metrics"]
         seconds = rows[-1]["seconds"]
@@ -268,8 +268,7 @@ def load_images(args):
         try:
             kinds[args.dataset](args.data_dir, download=True)
         except DOWNLOAD_ERRORS as error:
-            why = " ".join(str(error).split())
-            reason = f"no whole {args.dataset} in {args.data_dir}, and its download failed ({why})"
+            reason = f"no whole {args.dataset} in {args.data_dir}, and no download ({error!r})"
             # A named set is never replaced, and several processes must not find different ones.
             if named or RANKS > 1:
                 fail(f"{reason}: put it there, or choose another --data-dir")
@@ -344,6 +343,7 @@ def synthetic_digits(count, seed):
         glyphs[digit] = pil_to_tensor(image)
     random = torch.Generator().manual_seed(seed)
     digits = glyphs[torch.randint(10, (count,), generator=random)]
+    # The identity, each entry off by up to a quarter.
     maps = torch.eye(2, 3) + torch.empty(count, 2, 3).uniform_(-0.25, 0.25, generator=random)
     grid = F.affine_grid(maps, [count, 1, 28, 28], align_corners=False)
     return F.grid_sample(digits, grid, align_corners=False).byte().squeeze(1)
@@ -378,13 +378,13 @@ class Progress:
         self.began = self.shown = time.perf_counter()
 
     def add(self, **metrics):
-        """Counts a step, with its metrics as scalar tensors."""
+        """Counts a step, with its metrics, scalar tensors or numbers."""
         self.step += 1
         for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-        terminal = sys.stdout.isatty()
-        if time.perf_counter() - self.shown > (0.5 if terminal else 60):
-            self.show(self.means(), end="\033[K\r" if terminal else "\n")
+            self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value).detach()
+        pause = 0.5 if sys.stdout.isatty() else 60
+        if self.step < self.steps and time.perf_counter() - self.shown > pause:
+            self.show(self.means())
 
     def means(self):
         """The metrics so far, floats. Waits for the GPU, then takes the time."""
@@ -394,11 +394,16 @@ class Progress:
         self.rate = self.step * self.images / self.seconds
         return means
 
-    def show(self, metrics, end="\n"):
+    def show(self, metrics):
         numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         left = self.seconds * (self.run / self.step - 1) / 60
         line = f"{self.title}  {self.step}/{self.steps}  {numbers}"
-        print(f"{line}  {self.rate:,.1f} images/s  {left:,.1f} min left", end=end, flush=True)
+        line += f"  {self.rate:,.1f} images/s  {left:,.1f} min left"
+        end = "\n"
+        if sys.stdout.isatty():
+            line = f"\033[?7l{line}\033[K\033[?7h"  # cut off at the edge, what stood there cleared
+            end = "\n" if self.step == self.steps else "\r"
+        print(line, end=end, flush=True)
 
 
 def save_metrics(rows, path):
@@ -428,7 +433,7 @@ def load_checkpoint(path):
     """What save_checkpoint() wrote to `path`. Runs no code in it; ends with one line if it is anything else."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of eight kinds
+    except Exception as error:  # torch.load raises eight kinds
         reason = str(error).partition("\n")[0]
         fail(f"{path} is no checkpoint, or damaged ({type(error).__name__}: {reason})")
     if not isinstance(checkpoint, dict) or checkpoint.get("script") != NAME:
@@ -447,6 +452,8 @@ def first_free(path):
                 return free
             except FileExistsError:  # an earlier run, or one that was faster just now
                 continue
+            except OSError as error:
+                fail(f"cannot make the folder {free}: {error.strerror}")
 
 
 def make_folder(path):
@@ -518,15 +525,23 @@ def parse_args(argv=None):
         parser.error(f"--image-size {args.image_size}: take 4 to 7 times a power of two ({sizes})")
     if args.image_size < 28 and args.dataset in (None, *DIGITS):
         parser.error("--image-size: digits of 28x28 are padded, never cropped: 28 or more")
-    # fmt: off
-    lowest = {"epochs": 1, "batch_size": 1, "lr": 0, "seed": 0,
-              "latent_dim": 1, "width": 1, "num_samples": 1, "interpolate": 1}
-    # fmt: on
+    # The numbers among the flags, and their lowest values.
+    lowest = {
+        "epochs": 1,
+        "batch_size": 1,
+        "lr": 0,
+        "seed": 0,
+        "latent_dim": 1,
+        "width": 1,
+        "num_samples": 1,
+        "interpolate": 1,
+    }
     for name, value in vars(args).items():
+        flag = "--" + name.replace("_", "-")
         if name in lowest and value is not None and not lowest[name] <= value < 2**31:
-            parser.error(f"{name} {value} is not between {lowest[name]} and 2**31")
-        if path and name in FIXED and value != checkpoint["args"][name]:
-            parser.error(f"{name} is fixed by {path}: leave it out")
+            parser.error(f"{flag} {value} is not between {lowest[name]} and 2**31")
+        if path and name in FIXED and value != checkpoint["args"].get(name, value):
+            parser.error(f"{flag} is fixed by {path}: leave it out")
     if args.resume and args.sample:
         parser.error("--sample does not train: leave --resume out")
     if args.interpolate and not args.sample:

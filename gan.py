@@ -16,7 +16,7 @@ Differences from the paper:
 3. Images are drawn by a running average of G's weights, as G itself oscillates.
 4. G descends -log D(G(z)), which the paper recommends, and not algorithm 1's log(1 - D(G(z))): --saturating.
 5. G steps on the images that D saw last, not on new ones, which saves a forward.
-6. z is normal, not uniform: its walks (--interpolate) stay where training was.
+6. z ~ N(0, I), of which the points of a walk (--interpolate) are drawn too; the paper leaves it open.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class Generator(nn.Sequential):
 
     def __init__(self, latent_dim, width, pixels=784):
         layers = []
-        for before, after in ((latent_dim, width), (width, 2 * width), (2 * width, 4 * width)):
+        for before, after in itertools.pairwise((latent_dim, width, 2 * width, 4 * width)):
             layers += [nn.Linear(before, after), nn.BatchNorm1d(after)]  # (B, after)
             layers += [nn.LeakyReLU(0.2, inplace=True)]
         super().__init__(*layers, nn.Linear(4 * width, pixels), nn.Tanh())
@@ -63,7 +63,7 @@ class Discriminator(nn.Sequential):
 
     def __init__(self, width, pixels=784):
         layers = []
-        for before, after in ((pixels, 4 * width), (4 * width, 2 * width), (2 * width, width)):
+        for before, after in itertools.pairwise((pixels, 4 * width, 2 * width, width)):
             layers += [nn.Linear(before, after), nn.LeakyReLU(0.2, inplace=True)]  # (B, after)
             layers += [nn.Dropout(0.3)]
         super().__init__(*layers, nn.Linear(width, 1), nn.Flatten(0))
@@ -94,7 +94,7 @@ def train(args, checkpoint):
     generator = Generator(args.latent_dim, args.width).to(device)
     discriminator = Discriminator(args.width).to(device)
     averaged = copy.deepcopy(generator)  # what grids and samples are drawn with
-    # Its weights and BatchNorm's averages beside those of G, without the counts of batches.
+    # The weights and BatchNorm's averages of both, without the counts of batches.
     average = [value for value in averaged.state_dict().values() if value.is_floating_point()]
     current = [value for value in generator.state_dict().values() if value.is_floating_point()]
     adam = {"lr": args.lr, "betas": (0.5, 0.999), "fused": True}
@@ -105,10 +105,10 @@ def train(args, checkpoint):
         generator.compile()
         discriminator.compile()
 
-    # Go on where the checkpoint stopped, with --lr as it is now.
+    # Go on where the checkpoint stopped, with --lr as it is now, and Adam's other settings as saved.
     parts = {"generator": generator, "discriminator": discriminator, "averaged": averaged}
     parts |= {"optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
-    rows, seconds = [], 0.0
+    rows, seconds = [], 0.0  # a row for each epoch done
     if checkpoint:
         rows = checkpoint["metrics"]
         seconds = rows[-1]["seconds"]
@@ -133,7 +133,7 @@ def train(args, checkpoint):
         for step in range(1, steps + 1):
             # Algorithm 1. k steps of D: descend -log D(x) - log(1 - D(G(z))), each on its own data
             # and noise. They are no steps of G: fake is detached. One forward, as D has no BatchNorm.
-            for x in itertools.islice(data, args.d_steps):
+            for x in itertools.islice(data, args.d_steps):  # the next k batches
                 with autocast:
                     fake = generator(torch.randn(args.batch_size, args.latent_dim, device=device))
                     logits = discriminator(torch.cat([x, fake.detach()]))
@@ -153,8 +153,8 @@ def train(args, checkpoint):
             average_gradients(generator)
             optimizer_g.step()
 
-            # A mean over the last tenth of G's steps, from step 10,000 over the last 1000 or so:
-            # Yazici et al. 2019 (arXiv:1806.04498), who take 0.001 from the start.
+            # A mean over the last tenth of G's steps, from step 10,000 over the last 1000 or so, after
+            # Yazici et al. 2019 (arXiv:1806.04498).
             total = (epoch - 1) * steps + step
             torch._foreach_lerp_(average, current, max(0.001, 10 / (10 + total)))
 
@@ -234,8 +234,7 @@ def load_images(args):
         try:
             kinds[args.dataset](args.data_dir, download=True)
         except DOWNLOAD_ERRORS as error:
-            why = " ".join(str(error).split())
-            reason = f"no whole {args.dataset} in {args.data_dir}, and its download failed ({why})"
+            reason = f"no whole {args.dataset} in {args.data_dir}, and no download ({error!r})"
             # A named set is never replaced, and several processes must not find different ones.
             if named or RANKS > 1:
                 fail(f"{reason}: put it there, or choose another --data-dir")
@@ -260,6 +259,7 @@ def synthetic_digits(count, seed):
         glyphs[digit] = pil_to_tensor(image)
     random = torch.Generator().manual_seed(seed)
     digits = glyphs[torch.randint(10, (count,), generator=random)]
+    # The identity, each entry off by up to a quarter.
     maps = torch.eye(2, 3) + torch.empty(count, 2, 3).uniform_(-0.25, 0.25, generator=random)
     grid = F.affine_grid(maps, [count, 1, 28, 28], align_corners=False)
     return F.grid_sample(digits, grid, align_corners=False).byte().squeeze(1)
@@ -293,13 +293,13 @@ class Progress:
         self.began = self.shown = time.perf_counter()
 
     def add(self, **metrics):
-        """Counts a step, with its metrics as scalar tensors."""
+        """Counts a step, with its metrics, scalar tensors or numbers."""
         self.step += 1
         for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-        terminal = sys.stdout.isatty()
-        if time.perf_counter() - self.shown > (0.5 if terminal else 60):
-            self.show(self.means(), end="\033[K\r" if terminal else "\n")
+            self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value).detach()
+        pause = 0.5 if sys.stdout.isatty() else 60
+        if self.step < self.steps and time.perf_counter() - self.shown > pause:
+            self.show(self.means())
 
     def means(self):
         """The metrics so far, floats. Waits for the GPU, then takes the time."""
@@ -309,11 +309,16 @@ class Progress:
         self.rate = self.step * self.images / self.seconds
         return means
 
-    def show(self, metrics, end="\n"):
+    def show(self, metrics):
         numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         left = self.seconds * (self.run / self.step - 1) / 60
         line = f"{self.title}  {self.step}/{self.steps}  {numbers}"
-        print(f"{line}  {self.rate:,.1f} images/s  {left:,.1f} min left", end=end, flush=True)
+        line += f"  {self.rate:,.1f} images/s  {left:,.1f} min left"
+        end = "\n"
+        if sys.stdout.isatty():
+            line = f"\033[?7l{line}\033[K\033[?7h"  # cut off at the edge, what stood there cleared
+            end = "\n" if self.step == self.steps else "\r"
+        print(line, end=end, flush=True)
 
 
 def save_metrics(rows, path):
@@ -343,7 +348,7 @@ def load_checkpoint(path):
     """What save_checkpoint() wrote to `path`. Runs no code in it; ends with one line if it is anything else."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of eight kinds
+    except Exception as error:  # torch.load raises eight kinds
         reason = str(error).partition("\n")[0]
         fail(f"{path} is no checkpoint, or damaged ({type(error).__name__}: {reason})")
     if not isinstance(checkpoint, dict) or checkpoint.get("script") != NAME:
@@ -362,6 +367,8 @@ def first_free(path):
                 return free
             except FileExistsError:  # an earlier run, or one that was faster just now
                 continue
+            except OSError as error:
+                fail(f"cannot make the folder {free}: {error.strerror}")
 
 
 def make_folder(path):
@@ -422,15 +429,24 @@ def parse_args(argv=None):
         parser.set_defaults(out_dir=path.parent, **checkpoint["args"])
         args = parser.parse_args(argv)
 
-    # fmt: off
-    lowest = {"epochs": 1, "batch_size": 2, "lr": 0, "d_steps": 1, "seed": 0,
-              "latent_dim": 1, "width": 1, "num_samples": 1, "interpolate": 1}
-    # fmt: on
+    # The numbers among the flags, and their lowest values.
+    lowest = {
+        "epochs": 1,
+        "batch_size": 2,
+        "lr": 0,
+        "d_steps": 1,
+        "seed": 0,
+        "latent_dim": 1,
+        "width": 1,
+        "num_samples": 1,
+        "interpolate": 1,
+    }
     for name, value in vars(args).items():
+        flag = "--" + name.replace("_", "-")
         if name in lowest and value is not None and not lowest[name] <= value < 2**31:
-            parser.error(f"{name} {value} is not between {lowest[name]} and 2**31")
-        if path and name in FIXED and value != checkpoint["args"][name]:
-            parser.error(f"{name} is fixed by {path}: leave it out")
+            parser.error(f"{flag} {value} is not between {lowest[name]} and 2**31")
+        if path and name in FIXED and value != checkpoint["args"].get(name, value):
+            parser.error(f"{flag} is fixed by {path}: leave it out")
     if args.resume and args.sample:
         parser.error("--sample does not train: leave --resume out")
     if args.interpolate and not args.sample:

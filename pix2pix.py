@@ -170,7 +170,7 @@ def train(args, checkpoint):
     # Go on where the checkpoint stopped.
     parts = {"generator": generator, "discriminator": discriminator}
     parts |= {"optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
-    rows, seconds = [], 0.0
+    rows, seconds = [], 0.0  # a row for each epoch done
     if checkpoint:
         rows = checkpoint["metrics"]
         seconds = rows[-1]["seconds"]
@@ -330,8 +330,8 @@ def load_pairs(args, split):
             try:
                 download(args.dataset, folder.parent)
             except (OSError, tarfile.TarError, EOFError, zlib.error, HTTPException) as error:
-                reason = f"no {args.dataset} in {args.data_dir}, and its download failed"
-                reason += f" ({URL.format(args.dataset)}: {error})"
+                reason = f"no {args.dataset} in {args.data_dir}, and no download"
+                reason += f" ({URL.format(args.dataset)}: {error!r})"
                 # A named set is never replaced, and several processes must not find different ones.
                 if named or RANKS > 1:
                     fail(f"{reason}: put it there, or choose another --data-dir")
@@ -528,13 +528,13 @@ class Progress:
         self.began = self.shown = time.perf_counter()
 
     def add(self, **metrics):
-        """Counts a step, with its metrics as scalar tensors."""
+        """Counts a step, with its metrics, scalar tensors or numbers."""
         self.step += 1
         for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-        terminal = sys.stdout.isatty()
-        if time.perf_counter() - self.shown > (0.5 if terminal else 60):
-            self.show(self.means(), end="\033[K\r" if terminal else "\n")
+            self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value).detach()
+        pause = 0.5 if sys.stdout.isatty() else 60
+        if self.step < self.steps and time.perf_counter() - self.shown > pause:
+            self.show(self.means())
 
     def means(self):
         """The metrics so far, floats. Waits for the GPU, then takes the time."""
@@ -544,11 +544,16 @@ class Progress:
         self.rate = self.step * self.images / self.seconds
         return means
 
-    def show(self, metrics, end="\n"):
+    def show(self, metrics):
         numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         left = self.seconds * (self.run / self.step - 1) / 60
         line = f"{self.title}  {self.step}/{self.steps}  {numbers}"
-        print(f"{line}  {self.rate:,.1f} images/s  {left:,.1f} min left", end=end, flush=True)
+        line += f"  {self.rate:,.1f} images/s  {left:,.1f} min left"
+        end = "\n"
+        if sys.stdout.isatty():
+            line = f"\033[?7l{line}\033[K\033[?7h"  # cut off at the edge, what stood there cleared
+            end = "\n" if self.step == self.steps else "\r"
+        print(line, end=end, flush=True)
 
 
 def save_metrics(rows, path):
@@ -578,7 +583,7 @@ def load_checkpoint(path):
     """What save_checkpoint() wrote to `path`. Runs no code in it; ends with one line if it is anything else."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of eight kinds
+    except Exception as error:  # torch.load raises eight kinds
         reason = str(error).partition("\n")[0]
         fail(f"{path} is no checkpoint, or damaged ({type(error).__name__}: {reason})")
     if not isinstance(checkpoint, dict) or checkpoint.get("script") != NAME:
@@ -597,6 +602,8 @@ def first_free(path):
                 return free
             except FileExistsError:  # an earlier run, or one that was faster just now
                 continue
+            except OSError as error:
+                fail(f"cannot make the folder {free}: {error.strerror}")
 
 
 def make_folder(path):
@@ -668,15 +675,24 @@ def parse_args(argv=None):
         parser.error(f"--image-size is a power of two from 32 to 1024, not {args.image_size}")
     if args.decay_epochs > args.epochs:
         parser.error("--decay-epochs are part of --epochs, so at most as many")
-    # fmt: off
-    lowest = {"epochs": 1, "decay_epochs": 0, "batch_size": 1, "lr": 0, "l1_weight": 0, "gan_weight": 0,
-              "seed": 0, "width": 1, "num_samples": 1}
-    # fmt: on
+    # The numbers among the flags, and their lowest values.
+    lowest = {
+        "epochs": 1,
+        "decay_epochs": 0,
+        "batch_size": 1,
+        "lr": 0,
+        "l1_weight": 0,
+        "gan_weight": 0,
+        "seed": 0,
+        "width": 1,
+        "num_samples": 1,
+    }
     for name, value in vars(args).items():
+        flag = "--" + name.replace("_", "-")
         if name in lowest and value is not None and not lowest[name] <= value < 2**31:
-            parser.error(f"{name} {value} is not between {lowest[name]} and 2**31")
-        if path and name in FIXED and value != checkpoint["args"][name]:
-            parser.error(f"{name} is fixed by {path}: leave it out")
+            parser.error(f"{flag} {value} is not between {lowest[name]} and 2**31")
+        if path and name in FIXED and value != checkpoint["args"].get(name, value):
+            parser.error(f"{flag} is fixed by {path}: leave it out")
     if args.resume and args.sample:
         parser.error("--sample does not train: leave --resume out")
     if (args.input or args.deterministic) and not args.sample:
