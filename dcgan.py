@@ -310,6 +310,8 @@ def decode(read, paths, shape):
                 count += 1
             except BadImage as error:
                 print(f"skipped {error}", file=sys.stderr)
+    if count == 0:
+        fail(f"none of {len(paths):,} files could be used: is --data-dir the right folder?")
     return torch.from_numpy(images[:count])
 
 
@@ -518,7 +520,8 @@ def parse_args(argv=None):
     if args.channels and args.dataset != "folder" and not path:
         parser.error("--channels is for --dataset folder")
     args.channels = args.channels or (3 if args.dataset in ("cifar10", "folder") else 1)
-    args.image_size = args.image_size or (64 if args.dataset == "folder" else 32)
+    if args.image_size is None:
+        args.image_size = 64 if args.dataset == "folder" else 32
     base, levels = base_and_channels(args.image_size, args.width)
     if not 4 <= base <= 7 or not levels:
         sizes = "28, 32, 40, 48, 56, 64, 80, 96, 112, 128, ..."

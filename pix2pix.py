@@ -409,6 +409,8 @@ def decode(read, paths, shape):
                 count += 1
             except BadImage as error:
                 print(f"skipped {error}", file=sys.stderr)
+    if count == 0:
+        fail(f"none of {len(paths):,} files could be used: is --data-dir the right folder?")
     return torch.from_numpy(images[:count])
 
 

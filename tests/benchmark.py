@@ -12,7 +12,6 @@ The folders are what --sample wrote. MNIST and facades are read from --data-dir 
 import argparse
 import contextlib
 import csv
-import ctypes
 import os
 import subprocess
 import sys
@@ -44,19 +43,6 @@ def say(text):
 # speed: the same networks, trained by the script's own train() and by a plain loop
 
 
-@contextlib.contextmanager
-def plain_memory():
-    """Takes away the large pages that common.py asks for and that the plain loop does without, where there are such."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc:
-        libc.malloc_trim(0)  # gives back the pages of what ran before
-        libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
-    yield
-    if libc:
-        libc.prctl(41, 0, 0, 0, 0)
-
-
-@plain_memory()
 def plain_dcgan(data_dir, image_size, steps):
     """images/s of the loop as it is commonly written: float32, NCHW, unfused Adam, PIL transforms image by image in a
     DataLoader, every gradient computed, three losses read in each step."""
@@ -86,6 +72,13 @@ def plain_dcgan(data_dir, image_size, steps):
         loss_real.item(), loss_fake.item(), loss_g.item()
 
 
+def train(script, command):
+    """A run of the script in this process: its arguments."""
+    args, checkpoint = script.parse_args(command)
+    script.train(args, checkpoint)
+    return args
+
+
 def ours(script, data_dir, steps, *flags):
     """images/s that the script's own train() reports for its second epoch, of 128 * `steps` images."""
     load_images = script.load_images
@@ -98,31 +91,33 @@ def ours(script, data_dir, steps, *flags):
         script.load_images = first_images
         command = ["--dataset", "mnist", "--data-dir", data_dir, "--epochs", "2", "--out-dir", f"{folder}/run", *flags]
         with contextlib.redirect_stdout(sys.stderr):
-            script.train(script.parse_args(command))
+            train(script, command)
         script.load_images = load_images
         return float(list(csv.DictReader(open(f"{folder}/run/metrics.csv")))[-1]["images_per_second"])
 
 
 def step_flops(script, *flags):
     """Floating-point operations of a training step, per image: convolutions and matrix products, forward and backward."""
-    kept = {name: getattr(script, name) for name in ("load_images", "load_pairs", "generate", "evaluate") if hasattr(script, name)}
+    names = ("load_images", "load_pairs", "generate", "evaluate")
+    kept = {name: getattr(script, name) for name in names if hasattr(script, name)}
 
-    def one_batch(args, *rest):
+    def one_batch(args, split=None):
         if script is pix2pix:
-            return torch.zeros(args.batch_size, 2, 3, *(round(args.image_size * (286 / 256 if rest[0] == "train" else 1)),) * 2).byte()
+            size = round(args.image_size * (286 / 256 if split == "train" else 1))
+            return torch.zeros(args.batch_size, 2, 3, size, size).byte()
         shape = (1, args.image_size, args.image_size) if script is dcgan else (784,)
         images = torch.zeros(args.batch_size, *shape, dtype=torch.uint8)
         return (images, images[:32]) if script is vae else images
 
     no_grid = torch.zeros(8, 1, 8, 8)  # the pictures do not count
     patches = dict(load_images=one_batch, load_pairs=one_batch, generate=lambda *args: no_grid)
-    patches["evaluate"] = lambda *args: [0.0] * 3 if script is vae else (no_grid, 0.0, 0.0)
+    patches["evaluate"] = lambda *args: {} if script is vae else (no_grid, 0.0, 0.0)
     with FlopCounterMode(display=False) as counter, tempfile.TemporaryDirectory() as folder:
-        args = script.parse_args(["--dataset", "synthetic", "--epochs", "1", "--out-dir", f"{folder}/run", *flags])
+        command = ["--dataset", "synthetic", "--epochs", "1", "--out-dir", f"{folder}/run", *flags]
         for name in kept:
             setattr(script, name, patches[name])
         with contextlib.redirect_stdout(sys.stderr):
-            script.train(args)
+            args = train(script, command)
         for name, function in kept.items():
             setattr(script, name, function)
     return counter.get_total_flops() / args.batch_size
@@ -163,7 +158,6 @@ def speed_dcgan(args):
         row(f"`dcgan.py {' '.join(size)}`", lambda: plain_dcgan(args.data_dir, image_size, steps), loop, step_flops(dcgan, *size), args)
 
 
-@plain_memory()
 def plain_vae(data_dir, steps):
     """images/s of the loop of pytorch/examples: float32, unfused Adam, ToTensor an image, a loss read every step."""
     loader = DataLoader(datasets.MNIST(data_dir, transform=transforms.ToTensor()), batch_size=128, shuffle=True)
@@ -199,7 +193,7 @@ def time_to_loss(args, plain):
         with tempfile.TemporaryDirectory() as folder:
             command = f"--dataset mnist --data-dir {args.data_dir} --out-dir {folder}/run {flags}"
             with contextlib.redirect_stdout(sys.stderr):
-                vae.train(vae.parse_args(command.split()))
+                train(vae, command.split())
             for epoch in csv.DictReader(open(f"{folder}/run/metrics.csv")):
                 if float(epoch["test_loss"]) < 105.55:
                     break
@@ -211,15 +205,12 @@ def time_to_loss(args, plain):
             print(f"| {what} | {seconds:.1f} | {600_000 / plain / seconds:.1f} |", flush=True)
 
 
-@plain_memory()
 def plain_gan(data_dir, steps):
     """images/s of the loop of PyTorch-GAN, with the losses on logits: float32, unfused Adam, PIL transforms image by image in
     a DataLoader, every gradient computed, both losses printed in each step."""
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
     loader = DataLoader(datasets.MNIST(data_dir, transform=transform), batch_size=64, shuffle=True, drop_last=True)
-    gan.Dropout, dropout = nn.Dropout, gan.Dropout
     generator, discriminator = gan.Generator(100, 256), gan.Discriminator(256)
-    gan.Dropout = dropout
     optimizer_g = torch.optim.Adam(generator.parameters(), 4e-4, betas=(0.5, 0.999))
     optimizer_d = torch.optim.Adam(discriminator.parameters(), 4e-4, betas=(0.5, 0.999))
     criterion, ones, zeros = nn.BCEWithLogitsLoss(), torch.ones(64), torch.zeros(64)
@@ -247,7 +238,6 @@ def speed_gan(args):
     row("`gan.py`", lambda: plain_gan(args.data_dir, 300), loop, step_flops(gan), args)
 
 
-@plain_memory()
 def plain_pix2pix(data_dir, steps):
     """images/s of the loop as it is commonly written: float32, NCHW, unfused Adam, jitter by PIL pair by pair in a
     DataLoader, every gradient computed, three losses read in each step."""
@@ -268,7 +258,7 @@ def plain_pix2pix(data_dir, steps):
                 images.append(transforms.functional.normalize(transforms.functional.to_tensor(image), 0.5, 0.5))
             return images
 
-    generator, discriminator = pix2pix.Generator(256, 64, "batch"), pix2pix.Discriminator(64, "batch")
+    generator, discriminator = pix2pix.Generator(256, 64), pix2pix.Discriminator(64)
     optimizer_g = torch.optim.Adam(generator.parameters(), 2e-4, betas=(0.5, 0.999))
     optimizer_d = torch.optim.Adam(discriminator.parameters(), 2e-4, betas=(0.5, 0.999))
     criterion, l1 = nn.BCEWithLogitsLoss(), nn.L1Loss()
@@ -301,7 +291,7 @@ def speed_pix2pix(args):
         with tempfile.TemporaryDirectory() as folder:
             command = ["--dataset", "facades", "--data-dir", args.data_dir, "--epochs", "2", "--out-dir", f"{folder}/run"]
             with contextlib.redirect_stdout(sys.stderr):
-                pix2pix.train(pix2pix.parse_args([*command, *flags]))
+                train(pix2pix, [*command, *flags])
             return float(list(csv.DictReader(open(f"{folder}/run/metrics.csv")))[-1]["images_per_second"])
 
     row("`pix2pix.py`", lambda: plain_pix2pix(args.data_dir, 10), loop, flops, args)
@@ -491,7 +481,7 @@ def facade_pairs(data_dir, split, size):
     photos, classes, palette = [], [], torch.tensor(CMP).float()
     for path in sorted(Path(data_dir, "facades", split).glob("*.jpg")):
         both = Image.open(path).convert("RGB")
-        photos.append(pix2pix.to_network_size(both.crop((0, 0, 256, 256)), size))
+        photos.append(pix2pix.to_square(both.crop((0, 0, 256, 256)), size))
         labels = torch.from_numpy(np.asarray(both)[:, 256:].copy()).float()
         nearest = torch.cdist(labels.view(-1, 3), palette).argmin(1).view(1, 1, 256, 256)
         classes.append(F.interpolate(nearest.float(), (size, size), mode="nearest-exact")[0, 0].long())

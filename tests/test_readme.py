@@ -1,4 +1,4 @@
-"""Every command of the README, as it stands there, in a copy of the project with a tiny MNIST, tiny facades and a few photographs."""
+"""Every command of the README, as it stands there, in a copy of the project with tiny data."""
 
 import os
 import re
@@ -15,7 +15,11 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+COMMANDS = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+]
 SET_UP = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && "
 
 
@@ -32,24 +36,34 @@ def checkout(tmp_path_factory):
     (folder / "photos").mkdir()
     random = np.random.default_rng(0)
     for n in range(128):
-        Image.fromarray(random.integers(0, 255, (80, 100, 3), np.uint8)).save(folder / "photos" / f"{n}.jpg")
+        Image.fromarray(random.integers(0, 255, (80, 100, 3), np.uint8)).save(
+            folder / "photos" / f"{n}.jpg"
+        )
     return folder
 
 
 def test_the_first_two_commands_set_up_then_train_then_test():
     assert COMMANDS[0] == SET_UP + "python dcgan.py --epochs 25 --cuda"
-    assert COMMANDS[1] == SET_UP + "python -m pytest"  # what .ci/run does, in a virtual environment that it throws away
-    steps = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith(("pip", "python -m"))]
+    assert (
+        COMMANDS[1] == SET_UP + "python -m pytest"
+    )  # what .ci/run does, in a virtual environment that it throws away
+    steps = [
+        line
+        for line in (ROOT / ".ci" / "run").read_text().splitlines()
+        if line.startswith(("pip", "python -m"))
+    ]
     assert steps == ["pip install -r requirements.txt", "python -m pytest"]
 
 
-TYPED = list(dict.fromkeys(command.removeprefix(SET_UP) for command in COMMANDS if "pytest" not in command))
+TYPED = list(
+    dict.fromkeys(command.removeprefix(SET_UP) for command in COMMANDS if "pytest" not in command)
+)
 
 
 @pytest.fixture(scope="module")
 def done(checkout):
-    """Command to what came of it. In the README's order for each script, whose later commands read what earlier ones wrote;
-    two scripts at a time, a core for each."""
+    """Command to what came of it. In the README's order for each script, whose later commands read what
+    earlier ones wrote; two scripts at a time, a core for each."""
     scripts = {}
     for command in TYPED:
         scripts.setdefault(re.search(r"\w+\.py", command)[0], []).append(command)
@@ -59,12 +73,21 @@ def done(checkout):
         results = {}
         for command in commands:
             words = command.split()
-            launch = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
-            results[command] = subprocess.run([*launch, *words[1:]], cwd=checkout, capture_output=True, text=True, env=environment)
+            launch = {
+                "python": [sys.executable],
+                "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+            }[words[0]]
+            results[command] = subprocess.run(
+                [*launch, *words[1:]], cwd=checkout, capture_output=True, text=True, env=environment
+            )
         return results
 
     with ThreadPoolExecutor(2) as pool:
-        return {command: result for results in pool.map(run, scripts.values()) for command, result in results.items()}
+        return {
+            command: result
+            for results in pool.map(run, scripts.values())
+            for command, result in results.items()
+        }
 
 
 @pytest.mark.parametrize("command", TYPED)
@@ -78,10 +101,3 @@ def test_pictures_are_there_and_small():
     pictures = re.findall(r'[("](\.github/[^)"]+)[)"]', README)
     assert {ROOT / picture for picture in pictures} == {*(ROOT / ".github").iterdir()}
     assert all((ROOT / picture).stat().st_size < 300_000 for picture in pictures)
-
-
-def test_the_table_counts_the_lines():
-    rows = re.findall(r"^\| \[`(\w+\.py)`\].* (\d+) \|$", README, re.M)
-    assert len(rows) == 4
-    for name, lines in rows:
-        assert len((ROOT / name).read_text().splitlines()) == int(lines), name

@@ -1,0 +1,170 @@
+"""Two processes that train together, as torchrun starts them, and --compile, of every script."""
+
+import os
+import shutil
+import socket
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch._inductor.config
+from conftest import STEADY, Command, load, main, result, run, same
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+def begin_two(name, folder, *argv, body=main):
+    """What torchrun makes of a command: two processes, each in its own folder below `folder`."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = {
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(free.getsockname()[1]),
+            "WORLD_SIZE": "2",
+        }
+    commands = []
+    for rank in ("0", "1"):
+        (folder / rank).mkdir(exist_ok=True)
+        environment = {**address, "RANK": rank, "LOCAL_RANK": rank}
+        commands.append(Command(name, *argv, cwd=folder / rank, environment=environment, body=body))
+    return commands
+
+
+def two(name, folder, *argv, body=main):
+    commands = begin_two(name, folder, *argv, body=body)
+    for command in commands:
+        assert command.wait() == (0, "")
+    return commands
+
+
+def watched(script):
+    """main(), which leaves in ../RANK.pt what it loaded and, after each optimizer step, its random state and the
+    weights that took the step."""
+    seen = {"loaded": [], "random": [], "weights": []}
+    loader = "load_pairs" if script.NAME == "pix2pix" else "load_images"
+    load_images = getattr(script, loader)
+
+    def watched_load_images(*args):
+        images = load_images(*args)
+        seen["loaded"] += (
+            images if isinstance(images, tuple) else [images]
+        )  # the training set is the first
+        return images
+
+    def after_step(optimizer, args, kwargs):
+        weights = [p.detach().flatten() for p in optimizer.param_groups[0]["params"]]
+        seen["weights"].append(torch.cat(weights))
+        seen["random"].append(torch.get_rng_state())
+        torch.save(seen, f"../{script.RANK}.pt")
+
+    setattr(script, loader, watched_load_images)
+    register_optimizer_step_post_hook(after_step)
+    script.main()
+
+
+@pytest.fixture(scope="module")
+def pair(name, flags, tmp_path_factory):
+    """A run of two epochs by two processes: its folder, the two commands, and what each saw."""
+    folder = tmp_path_factory.mktemp(name)
+    words = ["--out-dir", "run", *flags[name], *STEADY[name]]
+    commands = two(name, folder, "--epochs", 2, *words, body=watched)
+    return folder / "0" / "run", commands, [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def test_two_shares_are_disjoint_and_complete(name, pair):
+    shares = [seen["loaded"][0].flatten(1) for seen in pair[2]]
+    images = torch.cat(shares)
+    assert len(images) == len(images.unique(dim=0)) == (3 if name == "pix2pix" else 255)
+    assert len(shares[0]) - len(shares[1]) == 1
+
+
+def test_both_make_the_same_steps(pair):
+    """As many as the smaller share allows, and after each the weights are the same."""
+    first, second = (seen["weights"] for seen in pair[2])
+    networks = len([part for part in load(pair[0]) if part.startswith("optimizer")])
+    assert len(first) == len(second) == 2 * networks
+    assert all(map(torch.equal, first, second)) and not torch.equal(first[0], first[networks])
+
+
+def test_noise_differs_between_processes_and_epochs(pair):
+    states = [
+        state.numpy().tobytes()
+        for seen in pair[2]
+        for state in (seen["random"][0], seen["random"][-1])
+    ]
+    assert len(set(states)) == 4
+
+
+def test_one_process_writes_and_speaks(name, pair):
+    out, (first, second), _ = pair
+    printed = first.read("out").splitlines()
+    assert len(printed) == 3 and "of 2" in printed[0] and "epoch 2/2" in printed[2]
+    assert second.read("out") == "" and os.listdir(out.parent.parent / "1") == []
+    assert {path.name for path in (out / "samples").iterdir()} == {
+        "epoch_0001.png",
+        "epoch_0002.png",
+    }
+    row = load(out)["metrics"][0]
+    images = 2 if name == "pix2pix" else 128
+    assert row["images_per_second"] * row["seconds"] == pytest.approx(images)  # those of both
+
+
+def test_resumed_by_two_is_uninterrupted_to_the_bit(name, flags, pair, tmp_path):
+    two(name, tmp_path, "--epochs", 1, "--out-dir", "run", *flags[name], *STEADY[name])
+    shutil.copytree(tmp_path / "0" / "run", tmp_path / "1" / "run")
+    two(name, tmp_path, "--epochs", 2, "--resume", "run/checkpoint.pt")
+    assert same(result(tmp_path / "0" / "run"), result(pair[0]))
+
+
+def test_a_run_of_two_is_resumed_by_one(script, pair, tmp_path):
+    out = Path(shutil.copytree(pair[0], tmp_path / "run"))
+    assert run(script, "--resume", out / "checkpoint.pt", "--epochs", 3) == 0
+    assert [row["epoch"] for row in load(out)["metrics"]] == [1, 2, 3]
+
+
+def test_samples_are_for_one_process(script, pair, monkeypatch, capsys):
+    monkeypatch.setattr(script, "RANKS", 2)
+    assert run(script, "--sample", pair[0] / "checkpoint.pt") == 2
+    assert "torchrun" in capsys.readouterr().err and not (pair[0] / "generated").exists()
+
+
+def compare_gradients(script):
+    """Of a batch, and of its two halves in two processes."""
+    script.select_device(False)
+    torch.manual_seed(0)
+    network, x = torch.nn.Linear(3, 2), torch.randn(8, 3)
+    network(x).square().mean().backward()
+    whole = network.weight.grad.clone()
+    network.zero_grad()
+    network(x.chunk(2)[script.RANK]).square().mean().backward()
+    script.average_gradients(network)
+    torch.testing.assert_close(network.weight.grad, whole)
+
+
+def test_two_halves_of_a_batch_have_the_gradient_of_the_whole(name, tmp_path):
+    two(name, tmp_path, body=compare_gradients)
+
+
+def test_a_process_that_is_killed_ends_the_other(name, flags, tmp_path):
+    """With a traceback of its own; what was saved stays."""
+    out = tmp_path / "0" / "run"
+    first, second = begin_two(
+        name, tmp_path, "--epochs", 1_000_000, "--out-dir", "run", *flags[name]
+    )
+    first.wait_for(out / "checkpoint.pt")
+    second.process.kill()
+    status, err = first.wait()
+    assert status == 1 and "Traceback" in err and load(out)["metrics"]
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+def test_compiled_and_eager_steps_agree(name, script, flags, tmp_path, monkeypatch):
+    """Convolutions are traced, but not made into C++, which takes a minute."""
+    backend = "inductor" if name in ("vae", "gan") else "aot_eager"
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    rows = []
+    for flag in ("--compile", "--no-compile"):
+        with torch._inductor.config.patch(fallback_random=True):  # draws dropout as eager does
+            assert run(script, "--epochs", 1, "--out-dir", tmp_path / flag, *flags[name], flag) == 0
+        rows.append(list(load(tmp_path / flag)["metrics"][0].values())[:-2])  # without the speed
+    assert rows[0] == pytest.approx(rows[1], rel=1e-3)

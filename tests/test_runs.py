@@ -1,0 +1,485 @@
+"""Runs of every script: what they write; killed, on a full disk, misled; and copies, changed."""
+
+import argparse
+import csv
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, SMALL, STEADY, Command, load, result, run, same
+
+# The columns of metrics.csv, beside the epoch and the speed.
+COLUMNS = {
+    "vae": ["train_loss", "test_loss", "test_reconstruction", "test_kl"],
+    "gan": ["loss_d", "loss_g", "d_real", "d_fake"],
+    "dcgan": ["loss_d", "loss_g", "d_real", "d_fake"],
+    "pix2pix": ["loss_d", "loss_g_gan", "loss_g_l1", "val_l1", "val_psnr"],
+}
+
+
+@pytest.fixture(scope="module")
+def long(name, flags, tmp_path_factory):
+    """A run of 40 epochs: its folder, its open files and kilobytes of memory at epochs 10 and 35."""
+    folder, seen = tmp_path_factory.mktemp(name), []
+    running = Command(name, "--epochs", 40, "--out-dir", folder / "run", *flags[name], cwd=folder)
+    for epoch in (10, 35):
+        running.wait_for(folder / "run" / "samples" / f"epoch_{epoch:04d}.png")
+        process = Path(f"/proc/{running.process.pid}")
+        if process.exists():  # on Linux
+            memory = re.search(r"VmRSS:\s+(\d+)", (process / "status").read_text())
+            seen.append((len(os.listdir(process / "fd")), int(memory[1])))
+    assert running.wait() == (0, "")
+    return folder / "run", seen
+
+
+@pytest.fixture(scope="module")
+def finished(name, flags, tmp_path_factory):
+    """The folder of a run of two epochs, not to be changed."""
+    out = tmp_path_factory.mktemp(name) / "run"
+    assert run(SCRIPTS[name], "--epochs", 2, "--out-dir", out, *flags[name]) == 0
+    return out
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of it, and the path of the checkpoint in it."""
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    return out, out / "checkpoint.pt"
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def getaddrinfo(*args):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+# what a run writes and says
+
+
+def test_metrics_and_log_have_a_line_an_epoch(name, script, flags, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(script, "--epochs", 2, "--out-dir", out, *flags[name]) == 0
+    printed, err = capsys.readouterr()
+    first, *lines = printed.splitlines()
+    data = "folder" if name == "pix2pix" else "mnist"
+    assert first.startswith(data) and first.endswith(f"to {out}") and err == ""
+
+    rows = list(csv.DictReader(open(out / "metrics.csv")))
+    assert list(rows[0]) == ["epoch", *COLUMNS[name], "images_per_second", "seconds"]
+    assert len(rows) == len(lines) == 2
+    for epoch, (row, line) in enumerate(zip(rows, lines), 1):
+        assert line.startswith(f"epoch {epoch}/2 ") and row["epoch"] == str(epoch)
+        for column in COLUMNS[name]:
+            shown = re.search(rf"\b{column} (\S+)", line)[1]
+            assert float(shown) == pytest.approx(float(row[column]), abs=0.006)
+        assert "images/s" in line and line.endswith("min left")
+    assert load(out)["metrics"] == [
+        {key: pytest.approx(float(row[key])) for key in row} for row in rows
+    ]
+
+    images = 3 if name == "pix2pix" else 192  # 3 of 1, or of 64
+    assert float(rows[0]["images_per_second"]) * float(rows[0]["seconds"]) == pytest.approx(images)
+    assert float(rows[1]["seconds"]) > float(rows[0]["seconds"])
+    grids = sorted(path.name for path in (out / "samples").iterdir())
+    assert grids == ["epoch_0001.png", "epoch_0002.png"]
+
+
+@pytest.mark.parametrize("terminal, wait, end", [(True, 0.3, "\033[K\r"), (False, 40, "\n")])
+def test_progress_within_an_epoch(terminal, wait, end, script, monkeypatch, capsys):
+    """Twice a second on one line of a terminal, once a minute in a log: here after two steps."""
+    now = [0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
+    progress = script.Progress(epoch=2, epochs=3, steps=4, images=10)
+    for value in (1.0, 2.0, 6.0):
+        now[0] += wait
+        progress.add(loss=torch.tensor(value))
+    rate, left = 10 / wait, 6 * wait / 60
+    line = f"epoch 2/3  2/4  loss 1.500  {rate:.1f} images/s  {left:.1f} min left"
+    assert capsys.readouterr().out == line + end
+    assert progress.means() == {"loss": 3}
+
+
+def test_bfloat16_is_near_float32(name, script, flags, finished, tmp_path):
+    assert run(script, "--bf16", "--epochs", 2, "--out-dir", tmp_path / "run", *flags[name]) == 0
+    bf16, float32 = load(tmp_path / "run")["metrics"], load(finished)["metrics"]
+    for column in COLUMNS[name]:
+        for row, expected in zip(bf16, float32):
+            assert row[column] == pytest.approx(expected[column], rel=0.02, abs=0.02)
+    assert bf16[0][COLUMNS[name][0]] != float32[0][COLUMNS[name][0]]
+
+
+def test_another_seed_is_another_run(name, script, flags, finished, tmp_path):
+    assert run(script, "--seed", 1, "--epochs", 1, "--out-dir", tmp_path / "run", *flags[name]) == 0
+    losses = [load(out)["metrics"][0][COLUMNS[name][0]] for out in (tmp_path / "run", finished)]
+    assert losses[0] != losses[1]
+
+
+def test_memory_and_open_files_do_not_grow(long):
+    if not long[1]:
+        pytest.skip("no /proc here")
+    (files, memory), (files_later, memory_later) = long[1]
+    assert abs(files_later - files) <= 3  # a file of the epoch may be open just then
+    assert memory_later < 1.05 * memory
+
+
+def test_no_run_and_no_samples_overwrite_others(name, script, flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    out = Path("runs", name)
+    command = ["--epochs", 1, *flags[name]]
+    assert run(script, *command) == run(script, *command) == 0
+    before = result(out)
+    assert run(script, *command, "--out-dir", out) == 2
+    assert f"{out} holds a run" in capsys.readouterr().err
+    assert same(result(out), before) and sorted(os.listdir("runs")) == [name, f"{name}-2"]
+
+    sample = ["--sample", out / "checkpoint.pt", "--num-samples", 1, "--out-dir", "new"]
+    assert run(script, *sample) == run(script, *sample) == 0
+    assert sorted(os.listdir("new")) == [
+        "generated",
+        "generated-2",
+        "generated-2.png",
+        "generated.png",
+    ]
+    shutil.move("new/generated-2", "moved")
+    assert (
+        run(script, *sample) == 0 and Path("new/generated-3").is_dir()
+    )  # and the grid of the second stays
+
+
+def test_two_runs_at_once_have_two_folders(name, flags, tmp_path):
+    running = [Command(name, "--epochs", 2, *flags[name], cwd=tmp_path) for _ in range(2)]
+    assert [command.wait() for command in running] == [(0, "")] * 2
+    folders = sorted((tmp_path / "runs").iterdir())
+    assert [folder.name for folder in folders] == [name, f"{name}-2"]
+    assert same(*map(result, folders))
+
+
+def test_nothing_said_and_no_network(name, script, offline, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = [*SMALL[name], "--epochs", 1, "--batch-size", 400]
+    assert run(script, *small) == 0
+    out, err = capsys.readouterr()
+    assert (
+        out.startswith("synthetic") and err.startswith("warning: ") and len(err.splitlines()) == 1
+    )
+    assert load(Path("runs", name))["args"]["dataset"] == "synthetic"
+
+    # A set that was named is never replaced.
+    named = "facades" if name == "pix2pix" else "fashion-mnist"
+    assert run(script, *small, "--dataset", named, "--out-dir", "other") == 1
+    err = capsys.readouterr().err
+    assert (
+        len(err.splitlines()) == 1 and named in err and "http" in err and not Path("other").exists()
+    )
+
+
+# resumed
+
+
+def test_a_finished_run_stays_as_it_is(script, finished, capsys):
+    before = result(finished)
+    assert run(script, "--resume", finished / "checkpoint.pt") == 0
+    assert "raise --epochs" in capsys.readouterr().out and same(result(finished), before)
+
+
+def test_resume_keeps_what_was_not_said_and_takes_what_was(name, script, copied):
+    out, checkpoint = copied
+    kept = load(out)["args"]
+    assert kept["batch_size"] == (1 if name == "pix2pix" else 64) and kept["width"] != 256
+    assert run(script, "--resume", checkpoint, "--epochs", 3) == 0
+    assert load(out)["args"] == {**kept, "epochs": 3}
+
+    assert run(script, "--resume", checkpoint, "--epochs", 4, "--seed", 5, "--bf16") == 0
+    assert load(out)["args"] == {**kept, "epochs": 4, "seed": 5, "bf16": True}
+
+
+def test_a_new_rate_arrives_in_the_optimizers(name, script, copied):
+    out, checkpoint = copied
+    words = ["--resume", checkpoint, "--epochs", 3, "--lr", 0.5]
+    if name == "vae":
+        assert run(script, *words) == 2  # its rate is a cycle, which another would break
+        return
+    assert run(script, *words, *STEADY[name]) == 0
+    state = load(out)
+    optimizers = [state[part] for part in state if part.startswith("optimizer")]
+    assert state["args"]["lr"] == 0.5
+    assert [optimizer["param_groups"][0]["lr"] for optimizer in optimizers] == [0.5, 0.5]
+
+
+def test_a_kept_checkpoint_is_resumed_in_another_folder(script, copied, tmp_path, capsys):
+    out, checkpoint = copied
+    shutil.copy(checkpoint, out / "kept.pt")
+    before = result(out)
+    assert (
+        run(script, "--resume", out / "kept.pt", "--epochs", 3) == 2
+    )  # it would overwrite the run
+    assert "holds a run" in capsys.readouterr().err
+    assert (
+        run(script, "--resume", out / "kept.pt", "--epochs", 3, "--out-dir", tmp_path / "fork") == 0
+    )
+    assert len(load(tmp_path / "fork")["metrics"]) == 3 and same(result(out), before)
+
+
+@pytest.mark.parametrize("flag", ["--width", "--dataset"])
+def test_what_a_checkpoint_fixes_is_refused(flag, script, copied, capsys):
+    out, checkpoint = copied
+    before = result(out)
+    for use in ("--resume", "--sample"):
+        assert (
+            run(script, use, checkpoint, flag, {"--width": 3, "--dataset": "synthetic"}[flag]) == 2
+        )
+        assert f"{flag[2:]} is fixed" in capsys.readouterr().err
+    assert same(result(out), before)
+
+
+def test_weights_that_are_not_finite_stop_the_run(script, copied, capsys):
+    out, checkpoint = copied
+    state = load(out)
+    network = state["model" if "model" in state else "generator"]
+    next(iter(network.values())).view(-1)[0] = float("nan")
+    torch.save(state, checkpoint)
+    before = checkpoint.read_bytes()
+    assert run(script, "--resume", checkpoint, "--epochs", 3) == 1
+    err = capsys.readouterr().err
+    assert "not finite in epoch 3" in err and len(err.splitlines()) == 1
+    assert checkpoint.read_bytes() == before
+    assert not (out / "samples" / "epoch_0003.png").exists()
+
+
+# killed, stopped, without room
+
+
+def test_killed_at_five_moments_the_end_is_the_same_to_the_bit(name, flags, long, tmp_path):
+    """At seeded epochs and a while after: in a step, a grid, a checkpoint, or in the start."""
+    out, moments = tmp_path / "run", random.Random(name)
+    for epoch in sorted(moments.sample(range(1, 35), 5)):
+        words = ["--epochs", 40, "--out-dir", out, *flags[name]]
+        if (out / "checkpoint.pt").exists():
+            words = ["--resume", out / "checkpoint.pt"]
+        running = Command(name, *words, cwd=tmp_path)
+        running.wait_for(out / "samples" / f"epoch_{epoch:04d}.png")
+        running.process.join(moments.uniform(0, 0.05))
+        running.process.kill()
+        assert running.wait()[0] == -signal.SIGKILL
+    assert Command(name, "--resume", out / "checkpoint.pt", cwd=tmp_path).wait() == (0, "")
+    assert same(result(out), result(long[0]))
+
+
+def die_in_the_second_save(script):
+    saves, fsync = [], os.fsync
+
+    def torn(file):
+        saves.append(file)
+        if len(saves) == 2:
+            os.ftruncate(file, os.fstat(file).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(file)
+
+    os.fsync = torn
+    script.main()
+
+
+def test_killed_with_half_a_checkpoint_on_the_disk(name, flags, finished, tmp_path):
+    out = tmp_path / "run"
+    words = ["--epochs", 2, "--out-dir", out, *flags[name]]
+    running = Command(name, *words, cwd=tmp_path, body=die_in_the_second_save)
+    assert running.wait()[0] == -signal.SIGKILL and len(load(out)["metrics"]) == 1
+    assert Command(name, "--resume", out / "checkpoint.pt", cwd=tmp_path).wait() == (0, "")
+    assert same(result(out), result(finished))
+
+
+def test_ctrl_c_says_how_to_go_on(name, flags, tmp_path):
+    out = tmp_path / "run"
+    running = Command(name, "--epochs", 100_000, "--out-dir", out, *flags[name], cwd=tmp_path)
+    running.wait_for(out / "checkpoint.pt")
+    os.kill(running.process.pid, signal.SIGINT)
+    line = f"stopped: python {name}.py --resume {out}/checkpoint.pt goes on"
+    assert running.wait(10) == (130, f"\n{line}\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which is a full disk")
+@pytest.mark.parametrize("file", ["checkpoint.part", "metrics.csv", "samples/epoch_0003.png"])
+def test_a_full_disk_keeps_the_last_checkpoint(name, file, copied, tmp_path):
+    out, checkpoint = copied
+    before = checkpoint.read_bytes()
+    (out / file).unlink(missing_ok=True)
+    (out / file).symlink_to("/dev/full")
+    words = ["--resume", checkpoint, "--epochs", 3]
+    status, err = Command(name, *words, cwd=tmp_path).wait()
+    assert status == 1 and "Traceback" in err and "No space left" in err.splitlines()[-1]
+    assert checkpoint.read_bytes() == before
+
+    (out / file).unlink(missing_ok=True)
+    assert Command(name, *words, cwd=tmp_path).wait() == (0, "")
+    assert len(load(out)["metrics"]) == 3
+
+
+# misled
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def test_bad_checkpoints_are_refused_in_one_line(script, finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    good, checkpoint = (finished / "checkpoint.pt").read_bytes(), load(finished)
+    for tenth in range(10):
+        Path(f"torn{tenth}.pt").write_bytes(good[: len(good) * tenth // 10])
+    torch.save({**checkpoint, "script": "another"}, "another.pt")
+    torch.save([1, 2], "list.pt")
+    torch.save({}, "empty.pt")
+    torch.save({**checkpoint, "evil": Evil()}, "evil.pt")
+    Path("pickle.pt").write_bytes(pickle.dumps(Evil(), 2))
+    Path("text.pt").write_text("no checkpoint")
+    Path("link.pt").symlink_to("link.pt")
+
+    names = sorted(os.listdir())
+    for bad in [*names, "missing.pt", "."]:
+        for flag in ("--resume", "--sample"):
+            assert run(script, flag, bad) == 1
+            out, err = capsys.readouterr()
+            assert out == "" and len(err.splitlines()) == 1 and f"error: {bad} is " in err
+    assert sorted(os.listdir()) == names  # no "evil": the code in it did not run
+
+
+def test_every_flag_with_values_that_nobody_wants(
+    name, script, flags, copied, offline, tmp_path, monkeypatch, capsys
+):
+    """Refused in one line, and nothing is written; or they mean something, as --seed 0, and run."""
+    parsers, parse_args = [], argparse.ArgumentParser.parse_args
+
+    def watched(parser, argv):
+        parsers.append(parser)
+        return parse_args(parser, argv)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", watched)
+        script.parse_args([])
+
+    cases = []
+    for action in parsers[0]._actions:
+        values = []
+        if action.type in (int, float):
+            values = ["-1", "0", "nan", "inf", "1e400", "two", "", "9" * 30]
+        elif action.type:
+            values = ["missing", "file", "file/below", "loop", "folder", "", "x" * 5000]
+        cases += [(action.option_strings[0], value) for value in values]
+    assert len(cases) > 80
+
+    refused = 0
+    for n, (flag, value) in enumerate(cases):
+        for base in (["--epochs", 1, *flags[name]], ["--sample", copied[1]]):
+            case = tmp_path / f"{n}{base[0]}"
+            (case / "folder").mkdir(parents=True)
+            (case / "file").write_text("kept")
+            (case / "loop").symlink_to("loop")
+            monkeypatch.chdir(case)
+            status = run(script, *base, flag, value)
+            err = capsys.readouterr().err
+            if status:  # torchvision may have made a folder for what it could not download
+                refused += 1
+                assert re.fullmatch(r"(usage: \w+\.py \[flags\]\n)?\w+\.py: error: .*\n", err), (
+                    base,
+                    flag,
+                    value,
+                )
+                assert status == (2 if err.startswith("usage") else 1)
+                left = {path.name for path in case.rglob("*") if not path.is_dir()}
+                assert left == {"file", "loop"}, (base, flag, value)
+            assert (case / "file").read_text() == "kept"
+    assert refused > len(cases)
+
+
+@pytest.mark.parametrize(
+    "words", [["--interpolate", "2"], ["--resume", "a.pt", "--sample", "a.pt"]]
+)
+def test_flags_that_do_not_go_together(words, script, finished, tmp_path, monkeypatch, capsys):
+    if words[0] not in ("--resume", "--sample") and script.__name__ == "pix2pix":
+        pytest.skip("has no walks")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(finished / "checkpoint.pt", "a.pt")
+    assert run(script, *words) == 2
+    assert capsys.readouterr().err.splitlines()[1].startswith(f"{script.__name__}.py: error: --")
+    assert os.listdir() == ["a.pt"]
+
+
+# copied and changed
+
+
+def change(name, folder, *replacements):
+    """Puts a copy of the script into `folder`, and common.py; every `old` in it becomes `new`."""
+    shutil.copy(ROOT / "common.py", folder)
+    text = (ROOT / f"{name}.py").read_text()
+    for old, new in replacements:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / f"{name}.py").write_text(text)
+
+
+TRAIN, ROW, ADD = "def train(args, checkpoint):\n", "metrics = progress.means()\n", "progress.add("
+MISTAKES = {
+    "beside torchvision's constructor": ("args.data_dir", "args.data_dri", "AttributeError"),
+    "in a loss": (".mean()", ".view(7).mean()", "RuntimeError"),
+    "opening a file in train": (TRAIN, TRAIN + '    open("stats.npz")\n', "FileNotFoundError"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_copy_shows_its_traceback(mistake, name, flags, tmp_path):
+    old, new, error = MISTAKES[mistake]
+    change(name, tmp_path, (old, new))
+    status, err = Command(name, *flags[name], cwd=tmp_path, folder=tmp_path).wait()
+    assert status == 1 and "Traceback" in err and "warning" not in err
+    assert err.splitlines()[-1].startswith(f"{error}: ") and new.splitlines()[-1].strip() in err
+    assert not list(tmp_path.rglob("checkpoint.pt"))
+
+
+def test_a_flag_added_to_a_copy_survives_resume(name, flags, tmp_path):
+    flag = 'add("--stats", type=Path, help="mine")\n    '
+    change(
+        name,
+        tmp_path,
+        ('add("--epochs"', flag + 'add("--epochs"'),
+        (TRAIN, TRAIN + "    print(args)\n"),
+    )
+    first = ["--epochs", 1, "--stats", "x/y", *flags[name]]
+    second = ["--epochs", 2, "--resume", f"runs/{name}/checkpoint.pt"]
+    for words in (first, second):
+        running = Command(name, *words, cwd=tmp_path, folder=tmp_path)
+        assert running.wait() == (0, "")
+        printed = running.read("out").splitlines()[0]
+        assert "stats=PosixPath('x/y')" in printed and len(printed) < 1000
+
+
+def test_a_metric_added_to_a_copy_arrives_everywhere(name, copied, tmp_path):
+    """Also one that is no float but a number of numpy's; and what the run had before is kept."""
+    out, checkpoint = copied
+    mine = (ADD, f"{ADD}mine=torch.tensor(0.25), ")
+    numpys = (ROW, f"{ROW}        metrics['numpys'] = np.float32(0.5)\n")
+    change(
+        name, tmp_path, ("import argparse\n", "import argparse\nimport numpy as np\n"), mine, numpys
+    )
+    for epochs in (3, 4):
+        running = Command(
+            name, "--resume", checkpoint, "--epochs", epochs, cwd=tmp_path, folder=tmp_path
+        )
+        assert running.wait() == (0, "")
+        assert "mine 0.250" in running.read("out") and "numpys 0.500" in running.read("out")
+
+    rows = list(csv.DictReader(open(out / "metrics.csv")))
+    assert {"mine", "numpys", *COLUMNS[name]} < set(rows[0])
+    assert [row["mine"] for row in rows] == ["", "", "0.25", "0.25"]
+    assert [float(row["numpys"]) for row in load(out)["metrics"][2:]] == [0.5, 0.5]
