@@ -326,7 +326,7 @@ def load_pairs(args, split):
     folder = Path(args.data_dir)
     if args.dataset in ("facades", "maps"):
         folder = folder / args.dataset
-        if RANK == 0 and not folder.exists():
+        if RANK == 0 and not os.path.exists(folder):
             try:
                 download(args.dataset, folder.parent)
             except (OSError, tarfile.TarError, EOFError, zlib.error, HTTPException) as error:
@@ -342,7 +342,7 @@ def load_pairs(args, split):
     if args.dataset == "synthetic":
         count, seed = (400, 0) if split == "train" else (100, 1)
         return synthetic_facades(count, size, seed)[share]
-    apart = (folder / "A").is_dir() and (folder / "B").is_dir()
+    apart = os.path.isdir(folder / "A") and os.path.isdir(folder / "B")
     paths = pairs_in_two_folders(folder, split) if apart else pairs_side_by_side(folder, split)
     if not paths:
         fail(
@@ -365,7 +365,7 @@ def download(name, folder):
 
 def pairs_side_by_side(folder, split):
     """Tuples of one path, a file with A and B, from train/ and from val/ or test/."""
-    if split == "val" and not (folder / "val").is_dir():
+    if split == "val" and not os.path.isdir(folder / "val"):
         split = "test"
     return [(path,) for path in list_files(folder / split)]
 

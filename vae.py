@@ -104,7 +104,9 @@ def train(args, checkpoint):
     torch.manual_seed(args.seed)
     fixed_noise = torch.randn(64, args.latent_dim).to(device)
     model = VAE(args.width, args.latent_dim, args.autoencoder).to(device)
-    peak = args.lr or (1e-3 if args.constant_lr else 5e-3)
+    peak = args.lr
+    if peak is None:
+        peak = 1e-3 if args.constant_lr else 5e-3
     optimizer = torch.optim.Adam(model.parameters(), peak, fused=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     if args.compile:
@@ -120,7 +122,7 @@ def train(args, checkpoint):
             part.load_state_dict(checkpoint[name])
     schedule = None
     if not args.constant_lr:
-        options = {"total_steps": args.epochs * steps, "cycle_momentum": False}
+        options = {"total_steps": max(args.epochs, len(rows)) * steps, "cycle_momentum": False}
         options["last_epoch"] = len(rows) * steps - 1  # the steps done are 0, 1, ..., this one
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, **options)
 
@@ -173,8 +175,8 @@ def train(args, checkpoint):
             pairs = torch.cat([x.view(-1, 1, 28, 28), decode(model, model.encode(x)[0])])
             save_grid(pairs, args.out_dir / "reconstructions" / picture, len(x), value_range=(0, 1))
             if not args.autoencoder:
-                images = decode(model, fixed_noise)
-                save_grid(images, args.out_dir / "samples" / picture, value_range=(0, 1))
+                drawn = decode(model, fixed_noise)
+                save_grid(drawn, args.out_dir / "samples" / picture, value_range=(0, 1))
             save_metrics(rows, args.out_dir / "metrics.csv")
             save_checkpoint(parts, rows, args, args.out_dir / "checkpoint.pt")
             progress.show(metrics)
@@ -186,8 +188,8 @@ def train(args, checkpoint):
         # Figure 4: the unit square through the Gaussian's quantiles, z_1 to the right and z_2 upwards.
         quantiles = torch.special.ndtri((torch.arange(20) + 0.5) / 20)
         z = torch.cartesian_prod(-quantiles, quantiles).flip(1).to(device)
-        images = decode(model.eval(), z)
-        save_grid(images, args.out_dir / "manifold.png", columns=20, value_range=(0, 1))
+        drawn = decode(model.eval(), z)
+        save_grid(drawn, args.out_dir / "manifold.png", columns=20, value_range=(0, 1))
 
 
 def average_gradients(network):
@@ -231,7 +233,8 @@ def log_likelihood_bound(model, x, count, random):
         shape = (min(50, count - first), *mean.shape)
         epsilon = torch.randn(shape, generator=random, device=x.device)
         z = reparameterize(mean, logvar, epsilon)  # (50, B, latent_dim)
-        log_px_z = -reconstruction_loss(model.decoder(z), x)  # (50, B)
+        logits = model.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])  # (50, B, 784)
+        log_px_z = -reconstruction_loss(logits, x)  # (50, B)
         log_pz_qz = 0.5 * (epsilon.square() + logvar - z.square()).sum(-1)  # the two 2 pi cancel
         log_weights.append(log_px_z + log_pz_qz)
     return torch.logsumexp(torch.cat(log_weights), 0) - math.log(count)

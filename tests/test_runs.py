@@ -94,8 +94,12 @@ def test_metrics_and_log_have_a_line_an_epoch(name, script, flags, tmp_path, cap
     assert grids == ["epoch_0001.png", "epoch_0002.png"]
 
 
-@pytest.mark.parametrize("terminal, wait, end", [(True, 0.3, "\033[K\r"), (False, 40, "\n")])
-def test_progress_within_an_epoch(terminal, wait, end, script, monkeypatch, capsys):
+# A terminal is told not to wrap the line, to clear what stood there, and to go back to its beginning.
+@pytest.mark.parametrize(
+    "terminal, wait, shown",
+    [(True, 0.3, "\033[?7l{}\033[K\033[?7h\r"), (False, 40, "{}\n")],
+)
+def test_progress_within_an_epoch(terminal, wait, shown, script, monkeypatch, capsys):
     """Twice a second on one line of a terminal, once a minute in a log: here after two steps."""
     now = [0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
@@ -106,7 +110,7 @@ def test_progress_within_an_epoch(terminal, wait, end, script, monkeypatch, caps
         progress.add(loss=torch.tensor(value))
     rate, left = 10 / wait, 6 * wait / 60
     line = f"epoch 2/3  2/4  loss 1.500  {rate:.1f} images/s  {left:.1f} min left"
-    assert capsys.readouterr().out == line + end
+    assert capsys.readouterr().out == shown.format(line)
     assert progress.means() == {"loss": 3}
 
 
