@@ -28,6 +28,7 @@ Differences from the paper:
 import argparse
 import csv
 import glob
+import gzip
 import itertools
 import json
 import math
@@ -66,14 +67,11 @@ class Generator(nn.Module):
 
     def __init__(self, image_size, width):
         super().__init__()
-        levels = min(
-            image_size.bit_length() - 1, 8
-        )  # down to 1x1; from 512 to 2x2, from 1024 to 4x4
+        # Down to 1x1; from 512 to 2x2, from 1024 to 4x4.
+        levels = min(image_size.bit_length() - 1, 8)
         channels = [width * min(2**i, 8) for i in range(levels)]
 
-        self.encoder = nn.ModuleList(
-            [nn.Conv2d(3, width, 4, 2, 1)]
-        )  # (B, width, image_size/2, image_size/2)
+        self.encoder = nn.ModuleList([nn.Conv2d(3, width, 4, 2, 1)])  # (B, width, size/2, size/2)
         for i, (before, after) in enumerate(itertools.pairwise(channels), 2):  # (B, before, h, h)
             normed = i < levels
             level = [nn.LeakyReLU(0.2)]
@@ -112,11 +110,7 @@ class Discriminator(nn.Sequential):
     def __init__(self, width):
         layers = [nn.Conv2d(6, width, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
         c = width  # (B, c, H/2, W/2)
-        for stride in (
-            2,
-            2,
-            1,
-        ):  # to (B, 2c, H/4, W/4), (B, 4c, H/8, W/8), (B, 8c, H/8 - 1, W/8 - 1)
+        for stride in (2, 2, 1):  # to (B, 2c, H/4, W/4), ..., (B, 8 * width, H/8 - 1, W/8 - 1)
             layers += [nn.Conv2d(c, 2 * c, 4, stride, 1, bias=False)]
             layers += [nn.InstanceNorm2d(2 * c, affine=True), nn.LeakyReLU(0.2, inplace=True)]
             c *= 2
@@ -275,11 +269,11 @@ def sample(args, checkpoint):
     generator = Generator(args.image_size, args.width).to(device)
     generator.load_state_dict(checkpoint["generator"])
     generator.train(not args.deterministic)  # with dropout, as in training
-    folder = first_free(args.out_dir / "generated")
-    grid, count = [], 0
+    folder, grid, count = None, [], 0
     for name, source, target in itertools.islice(sources(args), args.num_samples):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             output = translate(generator, source.to(device), args.seed).cpu()
+        folder = folder or first_free(args.out_dir / "generated")
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         to_pil_image(output[0].add(1).mul(127.5).round().byte()).save(path, quality=95)
@@ -288,7 +282,6 @@ def sample(args, checkpoint):
             grid += images
         count += 1
     if count == 0:
-        folder.rmdir()
         fail(f"no images in {args.input}: name the folder that holds them with --input")
     save_grid(torch.cat(grid), folder.with_suffix(".png"), columns=2 * len(images))
     print(f"{count:,} images in {folder}, a grid in {folder}.png")
@@ -355,10 +348,10 @@ def download(name, folder):
     """Makes folder/name from the authors' archive, whole or not at all; a member that points outside it is refused."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as part:
-        with urllib.request.urlopen(
-            URL.format(name), timeout=10
-        ) as response:  # seconds; a dead network would hang
-            with tarfile.open(fileobj=response, mode="r|gz") as archive:
+        # 10 seconds: a dead network would hang.
+        with urllib.request.urlopen(URL.format(name), timeout=10) as response:
+            # Not mode "r|gz", to which a stream that breaks off between two members is whole.
+            with tarfile.open(fileobj=gzip.open(response), mode="r|") as archive:
                 archive.extractall(part, filter="data")
         os.replace(Path(part, name), folder / name)
 

@@ -1,4 +1,4 @@
-"""What the tests share: small data, flags of a small run, how a script is run and what it leaves."""
+"""What the tests share: small data, flags of a small run, how it is run and what it leaves."""
 
 import importlib
 import multiprocessing
@@ -182,9 +182,7 @@ def load(out_dir):
 def result(out_dir):
     """What a run left, without its timings, to be compared with same()."""
     checkpoint = load(out_dir)
-    checkpoint.pop("seconds", None)  # of the first edition, as are rows that are lists
-    rows = [list(row.values()) if isinstance(row, dict) else row for row in checkpoint["metrics"]]
-    checkpoint["metrics"] = [row[:-2] for row in rows]
+    checkpoint["metrics"] = [list(row.items())[:-2] for row in checkpoint["metrics"]]
     lines = (out_dir / "metrics.csv").read_text().splitlines()
     files = {str(path.relative_to(out_dir)) for path in out_dir.rglob("*")}
     return {

@@ -38,17 +38,16 @@ def two(name, folder, *argv, body=main):
 
 
 def watched(script):
-    """main(), which leaves in ../RANK.pt what it loaded and, after each optimizer step, its random state and the
-    weights that took the step."""
+    """main(), which leaves in ../RANK.pt its training set and, after each optimizer step, the state
+    of its random numbers and the weights that took the step."""
     seen = {"loaded": [], "random": [], "weights": []}
     loader = "load_pairs" if script.NAME == "pix2pix" else "load_images"
     load_images = getattr(script, loader)
 
     def watched_load_images(*args):
         images = load_images(*args)
-        seen["loaded"] += (
-            images if isinstance(images, tuple) else [images]
-        )  # the training set is the first
+        first = images[0] if isinstance(images, tuple) else images
+        seen["loaded"].append(first)
         return images
 
     def after_step(optimizer, args, kwargs):

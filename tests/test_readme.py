@@ -62,8 +62,8 @@ TYPED = list(
 
 @pytest.fixture(scope="module")
 def done(checkout):
-    """Command to what came of it. In the README's order for each script, whose later commands read what
-    earlier ones wrote; two scripts at a time, a core for each."""
+    """Command to what came of it. In the README's order for each script, whose later commands read
+    what earlier ones wrote; two scripts at a time, a core for each."""
     scripts = {}
     for command in TYPED:
         scripts.setdefault(re.search(r"\w+\.py", command)[0], []).append(command)
