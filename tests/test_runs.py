@@ -392,7 +392,7 @@ def test_every_flag_with_values_that_nobody_wants(
             (case / "loop").symlink_to("loop")
             monkeypatch.chdir(case)
             status = run(script, *base, flag, value)
-            err = capsys.readouterr().err
+            err = re.sub(r"skipped .*\n", "", capsys.readouterr().err)  # files that are no images
             if status:  # torchvision may have made a folder for what it could not download
                 refused += 1
                 skipped = r"(skipped .*\n)*"  # files that are no images
