@@ -51,7 +51,8 @@ def layers(network):
 def test_networks_are_the_described():
     generator, discriminator = gan.Generator(7, 4), gan.Discriminator(4)
     images = generator(torch.randn(3, 7))
-    assert images.shape == (3, 784) and images.abs().max() < 1
+    assert images.shape == (3, 784)
+    assert images.abs().max() < 1
     assert discriminator(images).shape == (3,)
 
     leaky, dropout = nn.LeakyReLU(0.2), nn.Dropout(0.3)
@@ -229,7 +230,8 @@ def test_batches_are_shuffled_anew_and_scaled_to_the_range_of_tanh():
     images = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 784)
     first, second = (torch.cat(list(gan.batches(images, 100)))[:, 0] for _ in range(2))
     assert len(first) == len(first.unique()) == 200
-    assert not torch.equal(first, second) and not torch.equal(first, first.sort().values)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, first.sort().values)
     (batch,) = gan.batches(images, 256)
     torch.testing.assert_close(batch[:, 3].sort().values, torch.linspace(-1, 1, 256))
 
@@ -288,8 +290,10 @@ def test_a_grid_leaves_the_training_as_it_was():
     before, random = copy.deepcopy(generator.state_dict()), torch.get_rng_state()
     z = torch.randn(4, 5, generator=seeded(1))
     images = gan.generate(generator, z)
-    assert same(before, generator.state_dict()) and torch.equal(random, torch.get_rng_state())
-    assert generator.training and not images.requires_grad
+    assert same(before, generator.state_dict())
+    assert torch.equal(random, torch.get_rng_state())
+    assert generator.training
+    assert not images.requires_grad
     torch.testing.assert_close(gan.generate(generator, z[:1]), images[:1])  # not of those beside it
 
 

@@ -433,17 +433,21 @@ def change(name, folder, *replacements):
 
 TRAIN, ROW, ADD = "def train(args, checkpoint):\n", "metrics = progress.means()\n", "progress.add("
 MISTAKES = {
-    "beside torchvision's constructor": ("args.data_dir", "args.data_dri", "AttributeError"),
     "in a loss": (".mean()", ".view(7).mean()", "RuntimeError"),
     "opening a file in train": (TRAIN, TRAIN + '    open("stats.npz")\n', "FileNotFoundError"),
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("mistake", ["beside a download", *MISTAKES])
 def test_a_mistake_in_a_copy_shows_its_traceback(mistake, name, flags, tmp_path):
-    old, new, error = MISTAKES[mistake]
+    """Also where no data set is named, so that a download that failed would be no end."""
+    typo = ("download=True", "download=Ture", "NameError")
+    if name == "pix2pix":
+        typo = ("download(args.dataset", "download(args.dataste", "AttributeError")
+    old, new, error = MISTAKES.get(mistake, typo)
     change(name, tmp_path, (old, new))
-    status, err = Command(name, *flags[name], cwd=tmp_path, folder=tmp_path).wait()
+    words = flags[name] if mistake in MISTAKES else ["--batch-size", 400, *SMALL[name]]
+    status, err = Command(name, *words, cwd=tmp_path, folder=tmp_path).wait()
     assert status == 1 and "Traceback" in err and "warning" not in err
     assert err.splitlines()[-1].startswith(f"{error}: ") and new.splitlines()[-1].strip() in err
     assert not list(tmp_path.rglob("checkpoint.pt"))
