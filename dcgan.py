@@ -32,6 +32,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections import Counter
 from functools import partial
 from http.client import HTTPException
 from multiprocessing.pool import ThreadPool
@@ -51,8 +52,9 @@ from common import save_grid, select_device
 NAME = Path(__file__).stem  # names the run's folder and its checkpoints
 RANK = int(os.environ.get("RANK", 0))  # which of torchrun's processes this is
 RANKS = int(os.environ.get("WORLD_SIZE", 1))  # and of how many
-DOWNLOAD_ERRORS = (OSError, RuntimeError, ValueError, AssertionError, EOFError, HTTPException)
-DIGITS = ("mnist", "fashion-mnist", "synthetic")  # 28x28, of one channel
+# The first two are 28x28, of one channel.
+DIGITS = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}
+DATASETS = {**DIGITS, "cifar10": datasets.CIFAR10}
 
 
 def base_and_channels(image_size, width):
@@ -70,10 +72,15 @@ class Generator(nn.Sequential):
     def __init__(self, image_size, channels, latent_dim, width):
         base, widths = base_and_channels(image_size, width)
         c = widths[-1]
-        layers = [nn.Linear(latent_dim, c * base**2, bias=False), nn.Unflatten(1, (c, base, base))]
-        for before, after in itertools.pairwise(widths[::-1]):  # (B, before, h, h)
-            layers += [nn.BatchNorm2d(before), nn.ReLU(inplace=True)]
-            layers += [nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False)]  # (B, after, 2h, 2h)
+        layers = [nn.Linear(latent_dim, c * base**2, bias=False)]
+        layers += [nn.Unflatten(1, (c, base, base))]
+        for before, after in itertools.pairwise(widths[::-1]):
+            # (B, before, h, h) to (B, after, 2h, 2h)
+            layers += [
+                nn.BatchNorm2d(before),
+                nn.ReLU(inplace=True),
+                nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False),
+            ]
         layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
         super().__init__(*layers, nn.ConvTranspose2d(width, channels, 4, 2, 1), nn.Tanh())
         self.apply(initialize)
@@ -85,9 +92,13 @@ class Discriminator(nn.Sequential):
     def __init__(self, image_size, channels, width):
         base, widths = base_and_channels(image_size, width)
         layers = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
-        for before, after in itertools.pairwise(widths):  # (B, before, h, h)
-            layers += [nn.Conv2d(before, after, 4, 2, 1, bias=False)]  # (B, after, h/2, h/2)
-            layers += [nn.BatchNorm2d(after), nn.LeakyReLU(0.2, inplace=True)]
+        for before, after in itertools.pairwise(widths):
+            # (B, before, h, h) to (B, after, h/2, h/2)
+            layers += [
+                nn.Conv2d(before, after, 4, 2, 1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.LeakyReLU(0.2, inplace=True),
+            ]
         # (B, c, base, base) to (B,)
         super().__init__(*layers, nn.Conv2d(widths[-1], 1, base), nn.Flatten(0))
         self.apply(initialize)
@@ -120,7 +131,8 @@ def train(args, checkpoint):
     images = load_images(args)
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
         images = images.to(device)
-    steps = fewest(len(images) // args.batch_size, device)
+    batch = args.batch_size * RANKS  # images for a step, in all processes
+    steps = fewest(len(images) * RANKS // batch, device)
 
     torch.manual_seed(args.seed)
     fixed_noise = torch.randn(64, args.latent_dim).to(device)
@@ -137,34 +149,39 @@ def train(args, checkpoint):
         discriminator.compile()
 
     # Go on where the checkpoint stopped, with --lr as it is now, and Adam's other settings as saved.
-    parts = {"generator": generator, "discriminator": discriminator}
-    parts |= {"optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
-    rows, seconds = [], 0.0  # a row for each epoch done
+    parts = {
+        "generator": generator,
+        "discriminator": discriminator,
+        "optimizer_g": optimizer_g,
+        "optimizer_d": optimizer_d,
+    }
+    rows = []  # of metrics, one for each epoch done
     if checkpoint:
         rows = checkpoint["metrics"]
-        seconds = rows[-1]["seconds"]
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-        for optimizer in (optimizer_g, optimizer_d):
-            optimizer.param_groups[0]["lr"] = args.lr
+        optimizer_g.param_groups[0]["lr"] = args.lr
+        optimizer_d.param_groups[0]["lr"] = args.lr
 
     if RANK == 0:
         args.out_dir = args.out_dir or first_free(Path("runs", NAME))
         make_folder(args.out_dir / "samples")
-    where = f"process 1 of {RANKS}, on {device.type}"
-    print(f"{args.dataset}: {len(images):,} images in {where}, to {args.out_dir}", flush=True)
-    if len(rows) >= args.epochs:
-        print(f"epoch {len(rows)} is done: raise --epochs to go on")
+    print(
+        f"{len(images):,} images of {args.dataset}, on {device.type}, to {args.out_dir}",
+        flush=True,
+    )
 
     for epoch in range(len(rows) + 1, args.epochs + 1):
         # A seed for each epoch and process: a resumed run draws what an uninterrupted one draws.
         torch.manual_seed(hash((args.seed, epoch, RANK)))
-        progress = Progress(epoch, args.epochs, steps, RANKS * args.batch_size)
-        for x in itertools.islice(batches(images, args.batch_size, device), steps):
+        sums = Counter()  # of the metrics of all steps
+        began = shown = time.perf_counter()
+        for step, x in zip(range(1, steps + 1), batches(images, args.batch_size, device)):
             # D: descend -log D(x) - log(1 - D(G(z))). The step is not G's: fake is detached. Real and
             # fake go through D apart, or its BatchNorm would mix their statistics.
+            z = torch.randn(args.batch_size, args.latent_dim, device=device)
             with autocast:
-                fake = generator(torch.randn(args.batch_size, args.latent_dim, device=device))
+                fake = generator(z)
                 real_logits = discriminator(x).float()
                 fake_logits = discriminator(fake.detach()).float()
             loss_d = discriminator_loss(real_logits, fake_logits)
@@ -182,24 +199,26 @@ def train(args, checkpoint):
             average_gradients(generator)
             optimizer_g.step()
 
-            d_real, d_fake = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
-            progress.add(loss_d=loss_d, loss_g=loss_g, d_real=d_real, d_fake=d_fake)
+            with torch.no_grad():
+                d_real, d_fake = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
+                sums.update(loss_d=loss_d, loss_g=loss_g, d_real=d_real, d_fake=d_fake)
+            if time.perf_counter() - shown > PAUSE:
+                show(summary(sums, step, batch, began, rows), args, step / steps)
+                shown = time.perf_counter()
 
-        metrics = progress.means()
-        seconds += progress.seconds
+        row = summary(sums, steps, batch, began, rows)
         weights = itertools.chain(generator.parameters(), discriminator.parameters())
         if not all(p.isfinite().all() for p in weights):
-            fail(f"weights not finite in epoch {epoch}, which is not saved: lower --lr")
+            fail(f"weights not finite in epoch {epoch}, not saved: lower --lr")
+        rows.append(row)
         if RANK == 0:
-            speed = {"images_per_second": progress.rate, "seconds": seconds}
-            rows.append({"epoch": epoch, **metrics, **speed})
             # The checkpoint comes last: a run killed before it does the epoch again, and these files.
             picture = args.out_dir / "samples" / f"epoch_{epoch:04d}.png"
             save_grid(generate(generator, fixed_noise), picture)
-            save_metrics(rows, args.out_dir / "metrics.csv")
-            save_checkpoint(parts, rows, args, args.out_dir / "checkpoint.pt")
-            progress.show(metrics)
+            save(parts, rows, args)
+            show(row, args)
 
+    print(f"{args.epochs} epochs done, more by --resume {args.out_dir}/checkpoint.pt")
     if RANKS > 1:
         dist.destroy_process_group()
 
@@ -208,8 +227,7 @@ def average_gradients(network):
     """Replaces the gradients by their means over torchrun's processes, so that all make the same step."""
     if RANKS > 1:
         for p in network.parameters():
-            dist.all_reduce(p.grad)
-            p.grad /= RANKS
+            dist.all_reduce(p.grad.div_(RANKS))
 
 
 @torch.no_grad()
@@ -227,25 +245,28 @@ def sample(args, checkpoint):
     generator.load_state_dict(checkpoint["generator"])
     generator.to(device, memory_format=torch.channels_last)
     torch.manual_seed(args.seed)
-    z, name, columns = torch.randn(args.num_samples, args.latent_dim), "generated", 8
+    name, z = "generated", torch.randn(args.num_samples, args.latent_dim)
     if args.interpolate:
-        z, name, columns = walks(args.interpolate, args.latent_dim), "interpolation", 10
+        name, z = "interpolation", walks(args.interpolate, args.latent_dim)
     images = torch.cat([generate(generator, part.to(device)).cpu() for part in z.split(500)])
-    if args.dataset in DIGITS:  # without their padding
+    if args.dataset in ("synthetic", *DIGITS):  # without their padding
         images = center_crop(images, [28, 28])
     folder = first_free(args.out_dir / name)
     for n, image in enumerate(images):
         to_pil_image(image.add(1).mul(127.5).round().byte()).save(folder / f"{n:05d}.png")
-    save_grid(images if args.interpolate else images[:64], folder.with_suffix(".png"), columns)
+    save_grid(images[:64], folder.with_suffix(".png"))
     print(f"{len(images):,} images in {folder}, a grid in {folder}.png")
 
 
 def walks(count, latent_dim):
-    """z (10 * count, latent_dim), ten from each of `count` points to another. Divided by the root each is from N(0, I)
-    like the ends; a straight walk would pass nearer to 0 than almost any z of the training."""
+    """z (8 * count, latent_dim): eight points from a to b, of which there are `count`. As cos^2 + sin^2 = 1, all are from
+    N(0, I), as a and b are; those of a straight line would be nearer to 0."""
     a, b = torch.randn(2, count, 1, latent_dim)
-    t = torch.linspace(0, 1, 10)[:, None]
-    return (((1 - t) * a + t * b) / ((1 - t).square() + t.square()).sqrt()).flatten(0, 1)
+    t = torch.linspace(0, math.pi / 2, 8)[:, None]
+    return (t.cos() * a + t.sin() * b).flatten(0, 1)
+
+
+DOWNLOAD_ERRORS = (OSError, RuntimeError, ValueError, AssertionError, EOFError, HTTPException)
 
 
 def load_images(args):
@@ -255,18 +276,14 @@ def load_images(args):
     args.dataset to synthetic."""
     if args.dataset == "folder":
         paths = list_files(Path(args.data_dir))[RANK::RANKS]
-        if not paths:
-            fail(f"no files in {args.data_dir}: name the folder of the images with --data-dir")
         read = partial(read_image, channels=args.channels, size=args.image_size)
         return decode(read, paths, (args.channels, args.image_size, args.image_size))
-    kinds = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}
-    kinds["cifar10"] = datasets.CIFAR10
     named = args.dataset
     args.dataset = named or "mnist"
-    if args.dataset in kinds and RANK == 0:
+    if args.dataset in DATASETS and RANK == 0:
         socket.setdefaulttimeout(10)  # seconds: a dead network would hang
         try:
-            kinds[args.dataset](args.data_dir, download=True)
+            DATASETS[args.dataset](args.data_dir, download=True)
         except DOWNLOAD_ERRORS as error:
             reason = f"no whole {args.dataset} in {args.data_dir}, and no download ({error!r})"
             # A named set is never replaced, and several processes must not find different ones.
@@ -279,7 +296,7 @@ def load_images(args):
     if args.dataset == "synthetic":
         images = synthetic_digits(20_000, seed=0)
     else:
-        images = kinds[args.dataset](args.data_dir).data
+        images = DATASETS[args.dataset](args.data_dir).data
     images = torch.as_tensor(images[RANK::RANKS])
     if args.dataset == "cifar10":
         return resize(images.permute(0, 3, 1, 2), [args.image_size, args.image_size])
@@ -296,11 +313,11 @@ def list_files(folder):
 def decode(read, paths, shape):
     """read(path) of all paths, in order: uint8 (N, *shape), in a file of TMPDIR that is mapped into memory. A path for
     which it raises BadImage is named and left out."""
-    size, folder = len(paths) * math.prod(shape), tempfile.gettempdir()
-    free = shutil.disk_usage(folder).free  # asked first: a full disk would kill the process
-    if size > free:
-        fail(f"{folder} has {free:,} bytes free, the images need {size:,}: set TMPDIR")
-    images = np.memmap(tempfile.TemporaryFile(), np.uint8, "w+", shape=(max(len(paths), 1), *shape))
+    size = len(paths) * math.prod(shape)
+    folder = tempfile.gettempdir()
+    if size > shutil.disk_usage(folder).free:  # asked, as a full disk would kill the process
+        fail(f"{folder} has no room for {size:,} bytes of images: set TMPDIR")
+    images = np.memmap(tempfile.TemporaryFile(), np.uint8, "w+", shape=(len(paths) + 1, *shape))
     count = 0
     with ThreadPool() as pool:
         results = pool.imap(read, paths)
@@ -319,18 +336,22 @@ class BadImage(Exception):
     """A file that Pillow cannot read."""
 
 
+PILLOW_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
+
+
 def read_image(path, channels, size):
     """uint8 (channels, size, size): upright, the short side resized to `size`, the middle cut out. Raises BadImage."""
     try:
         image = Image.open(path)
         image.draft(None, (size, size))  # a large JPEG is decoded at a fraction of its size
         image = ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
+    except PILLOW_ERRORS as error:
         raise BadImage(f"{path}: {error}") from error
     if image.mode.startswith("I;16"):  # 16 bits, which convert() would clip
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     image = ImageOps.fit(image.convert("RGB" if channels == 3 else "L"), (size, size))
     return pil_to_tensor(image).numpy()
 
@@ -352,9 +373,8 @@ def synthetic_digits(count, seed):
 
 
 def batches(images, batch_size, device):
-    """One epoch in random order, the last partial batch dropped: floats (batch_size, C, H, W) in [-1, 1]."""
-    order = torch.randperm(len(images), device=images.device)
-    for index in order.split(batch_size)[: len(images) // batch_size]:
+    """One epoch in random order: floats (batch_size, C, H, W) in [-1, 1], the last batch perhaps of fewer."""
+    for index in torch.randperm(len(images), device=images.device).split(batch_size):
         x = images.index_select(0, index).to(device).float().div(127.5).sub(1)
         yield x.contiguous(memory_format=torch.channels_last)
 
@@ -369,92 +389,73 @@ def fewest(steps, device):
     return steps.item()
 
 
-class Progress:
-    """Sums an epoch's metrics and shows their means: on a terminal twice a second, in a log once a minute."""
-
-    def __init__(self, epoch, epochs, steps, images):
-        """`images` are those of a step, in all processes."""
-        self.title, self.steps, self.images = f"epoch {epoch}/{epochs}", steps, images
-        self.run = (epochs - epoch + 1) * steps  # steps from here to the end
-        self.step, self.sums = 0, {}
-        self.began = self.shown = time.perf_counter()
-
-    def add(self, **metrics):
-        """Counts a step, with its metrics, scalar tensors or numbers."""
-        self.step += 1
-        for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value).detach()
-        pause = 0.5 if sys.stdout.isatty() else 60
-        if self.step < self.steps and time.perf_counter() - self.shown > pause:
-            self.show(self.means())
-
-    def means(self):
-        """The metrics so far, floats. Waits for the GPU, then takes the time."""
-        means = {name: total.item() / self.step for name, total in self.sums.items()}
-        self.shown = time.perf_counter()
-        self.seconds = self.shown - self.began
-        self.rate = self.step * self.images / self.seconds
-        return means
-
-    def show(self, metrics):
-        numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-        left = self.seconds * (self.run / self.step - 1) / 60
-        line = f"{self.title}  {self.step}/{self.steps}  {numbers}"
-        line += f"  {self.rate:,.1f} images/s  {left:,.1f} min left"
-        end = "\n"
-        if sys.stdout.isatty():
-            line = f"\033[?7l{line}\033[K\033[?7h"  # cut off at the edge, what stood there cleared
-            end = "\n" if self.step == self.steps else "\r"
-        print(line, end=end, flush=True)
+TERMINAL = sys.stdout.isatty()
+PAUSE = 0.5 if TERMINAL else 60  # seconds between lines of progress within an epoch
 
 
-def save_metrics(rows, path):
-    """A line an epoch; the columns are those of the newest, as --resume may come with other metrics."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[-1], extrasaction="ignore", lineterminator="\n")
+def summary(sums, step, batch, began, rows):
+    """The row of metrics of an epoch's first steps, of so many images each: their means, and rate and seconds."""
+    row = {"epoch": len(rows) + 1}
+    row |= {name: total.item() / step for name, total in sums.items()}  # waits for the GPU
+    seconds = time.perf_counter() - began
+    row["images_per_second"] = step * batch / seconds
+    row["seconds"] = seconds + (rows[-1]["seconds"] if rows else 0)
+    return row
+
+
+def show(row, args, part=1):
+    """Prints a row of that part of its epoch, and the time that the run still takes at its rate."""
+    numbers = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
+    left = row["seconds"] * (args.epochs / (row["epoch"] - 1 + part) - 1) / 60
+    line = f"{numbers}  ({part:.0%}, {left:.1f} min left)"
+    if TERMINAL and part < 1:  # cut off at the edge, over what stands there
+        print(f"\033[?7l{line}\033[K\033[?7h", end="\r", flush=True)
+    else:
+        print(line, flush=True)
+
+
+def save(parts, rows, args):
+    """Writes metrics.csv, then checkpoint.pt, which it replaces in one step: after a kill or on a full disk it is the old
+    one or the new one."""
+    with open(args.out_dir / "metrics.csv", "w") as file:
+        writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def save_checkpoint(parts, rows, args, path):
-    """Replaces the file at `path` in one step: after a kill or on a full disk it is the old one or the new one."""
     kept = {name: value for name, value in vars(args).items() if name not in ONE_COMMAND}
-    checkpoint = {"script": NAME, "args": kept, "metrics": rows}
     # Plain values, whatever a new flag or metric is: load_checkpoint() takes no others.
+    checkpoint = {"script": NAME, "args": kept, "metrics": rows}
     checkpoint = json.loads(json.dumps(checkpoint, default=str))
     for name, part in parts.items():
         checkpoint[name] = part.state_dict()
-    with open(path.with_suffix(".part"), "wb") as file:
+    with open(args.out_dir / "checkpoint.part", "wb") as file:
         torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(file.name, path)
+    os.replace(file.name, args.out_dir / "checkpoint.pt")
 
 
 def load_checkpoint(path):
-    """What save_checkpoint() wrote to `path`. Runs no code in it; ends with one line if it is anything else."""
+    """What save() wrote to `path`. Runs no code in it; ends with one line if it is anything else."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["script"] != NAME:
+            raise ValueError(checkpoint["script"])
+        return checkpoint
     except Exception as error:  # torch.load raises eight kinds
-        reason = str(error).partition("\n")[0]
-        fail(f"{path} is no checkpoint, or damaged ({type(error).__name__}: {reason})")
-    if not isinstance(checkpoint, dict) or checkpoint.get("script") != NAME:
-        fail(f"{path} is not a checkpoint of {NAME}.py")
-    return checkpoint
+        fail(f"{path} is no checkpoint of {NAME}.py, or damaged: {error!r:.200}")
 
 
 def first_free(path):
     """Makes the first folder of `path`, `path`-2, `path`-3, ... that is not there yet, and returns its path."""
-    make_folder(path.parent)
     for n in itertools.count(1):
         free = path if n == 1 else path.with_name(f"{path.name}-{n}")
-        if not free.with_suffix(".png").exists():  # the grid of an earlier --sample
-            try:
-                free.mkdir()
-                return free
-            except FileExistsError:  # an earlier run, or one that was faster just now
-                continue
-            except OSError as error:
+        if os.path.lexists(free) or os.path.lexists(free.with_suffix(".png")):
+            continue
+        try:
+            free.mkdir(parents=True)
+            return free
+        except OSError as error:
+            if not os.path.lexists(free):  # else another run has made it just now
                 fail(f"cannot make the folder {free}: {error.strerror}")
 
 
@@ -477,37 +478,40 @@ FIXED = ("dataset", "image_size", "channels", "latent_dim", "width")
 
 def parse_args(argv=None):
     """The arguments, and the checkpoint that --resume or --sample names, else None."""
-    usage, about = f"{NAME}.py [flags]", __doc__.partition("\n")[0]
-    parser = argparse.ArgumentParser(usage=usage, description=about)
+    about = __doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=about)
     yes_or_no = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=25, help="passes over the training set (%(default)s)")
     add("--batch-size", type=int, default=128, help="images per step and process (%(default)s)")
     add("--lr", type=float, default=2e-4, help="learning rate of Adam (%(default)s)")
-    add("--seed", type=int, default=0, help="one seed repeats a CPU run to the bit (%(default)s)")
+    add("--seed", type=int, default=0, help="repeats a CPU run to the bit (%(default)s)")
     add("--cuda", action="store_true", help="use the GPU; under torchrun, each process its own")
     add("--bf16", action=yes_or_no, default=False, help="autocast to bfloat16")
     add("--compile", action=yes_or_no, default=False, help="torch.compile the networks")
 
     add = parser.add_argument_group("data").add_argument
-    names = (*DIGITS, "cifar10", "folder")
-    add("--dataset", choices=names, help="default: mnist, or synthetic if it cannot be had")
+    add(
+        "--dataset",
+        choices=(*DATASETS, "synthetic", "folder"),
+        help="default: mnist, or synthetic if it cannot be had",
+    )
     where = "where the sets are, or a folder's images (data)"
     add("--data-dir", type=os.path.abspath, default="data", help=where)
-    add("--image-size", type=int, help="4 to 7 times a power of two; default: 32, of a folder 64")
-    add("--channels", type=int, choices=(1, 3), help="of a folder: gray or colour; default: colour")
+    add("--image-size", type=int, help="4 to 7 times a power of two (32; folder: 64)")
+    add("--channels", type=int, choices=(1, 3), help="of a folder: gray or colour (3)")
 
     add = parser.add_argument_group("networks").add_argument
     add("--latent-dim", type=int, default=100, help="size of z (%(default)s)")
     add("--width", type=int, default=64, help="channels of the narrowest level (%(default)s)")
 
     add = parser.add_argument_group("files").add_argument
-    add("--out-dir", type=Path, help=f"where to write; default: the first free of runs/{NAME}, ...")
+    add("--out-dir", type=Path, help=f"default: the first free of runs/{NAME}, ...")
     add("--resume", type=Path, help="go on from that checkpoint, in its folder")
-    add("--sample", type=Path, help="no training: write images from that checkpoint, to its folder")
-    add("--num-samples", type=int, default=64, help="how many images --sample writes (%(default)s)")
-    add("--interpolate", type=int, help="with --sample: so many walks between two z instead")
+    add("--sample", type=Path, help="no training: write images from that checkpoint")
+    add("--num-samples", type=int, default=64, help="images that --sample writes (%(default)s)")
+    add("--interpolate", type=int, help="with --sample: so many walks between two z")
 
     args, checkpoint = parser.parse_args(argv), None
     path = args.resume or args.sample
@@ -516,45 +520,34 @@ def parse_args(argv=None):
         checkpoint = load_checkpoint(path)
         parser.set_defaults(out_dir=path.parent, **checkpoint["args"])
         args = parser.parse_args(argv)
+        for name in FIXED:
+            if getattr(args, name) != checkpoint["args"].get(name):
+                parser.error(f"--{name.replace('_', '-')} is fixed by {path}: leave it out")
 
-    if args.channels and args.dataset != "folder" and not path:
+    if args.channels and not path and args.dataset != "folder":
         parser.error("--channels is for --dataset folder")
-    args.channels = args.channels or (3 if args.dataset in ("cifar10", "folder") else 1)
+    colored = args.dataset in ("cifar10", "folder")
+    if args.channels is None:
+        args.channels = 3 if colored else 1
     if args.image_size is None:
         args.image_size = 64 if args.dataset == "folder" else 32
+    smallest = 8 if colored else 28  # digits are padded, never cropped
     base, levels = base_and_channels(args.image_size, args.width)
-    if not 4 <= base <= 7 or not levels:
+    if args.image_size < smallest or not 4 <= base <= 7:
         sizes = "28, 32, 40, 48, 56, 64, 80, 96, 112, 128, ..."
-        parser.error(f"--image-size {args.image_size}: take 4 to 7 times a power of two ({sizes})")
-    if args.image_size < 28 and args.dataset in (None, *DIGITS):
-        parser.error("--image-size: digits of 28x28 are padded, never cropped: 28 or more")
-    # The numbers among the flags, and their lowest values.
-    lowest = {
-        "epochs": 1,
-        "batch_size": 1,
-        "lr": 0,
-        "seed": 0,
-        "latent_dim": 1,
-        "width": 1,
-        "num_samples": 1,
-        "interpolate": 1,
-    }
+        parser.error(f"--image-size {args.image_size}: 4 to 7 times a power of two ({sizes})")
     for name, value in vars(args).items():
-        flag = "--" + name.replace("_", "-")
-        if name in lowest and value is not None and not lowest[name] <= value < 2**31:
-            parser.error(f"{flag} {value} is not between {lowest[name]} and 2**31")
-        if path and name in FIXED and value != checkpoint["args"].get(name, value):
-            parser.error(f"{flag} is fixed by {path}: leave it out")
-    if args.resume and args.sample:
-        parser.error("--sample does not train: leave --resume out")
+        low = -1 if name == "seed" else 0
+        if type(value) in (int, float) and not low < value < 2**31:
+            parser.error(f"--{name.replace('_', '-')} {value} is not between {low} and 2**31")
+    if args.sample and (args.resume or RANKS > 1):
+        parser.error("--sample goes without --resume, and without torchrun")
     if args.interpolate and not args.sample:
         parser.error("--interpolate needs --sample")
-    if args.sample and RANKS > 1:
-        parser.error("--sample is for one process: leave torchrun out")
     if args.out_dir and not args.sample:
-        there = args.out_dir / "checkpoint.pt"
-        if there != args.resume and os.path.exists(there):
-            parser.error(f"{args.out_dir} holds a run: --resume {there}, or another --out-dir")
+        newest = args.out_dir / "checkpoint.pt"
+        if newest != args.resume and os.path.exists(newest):
+            parser.error(f"{newest} is there: --resume it, or choose another --out-dir")
     return args, checkpoint
 
 
@@ -563,16 +556,12 @@ def main():
     if RANK:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     try:
-        if args.sample:
-            sample(args, checkpoint)
-        else:
-            train(args, checkpoint)
+        run = sample if args.sample else train
+        run(args, checkpoint)
     except KeyboardInterrupt:
-        more = ""
-        if args.out_dir and (args.out_dir / "checkpoint.pt").exists():
-            more = f": python {NAME}.py --resume {args.out_dir}/checkpoint.pt goes on"
-        if RANK == 0:
-            print(f"\nstopped{more}", file=sys.stderr)
+        newest = Path(args.out_dir or "", "checkpoint.pt")
+        more = f": python {NAME}.py --resume {newest} goes on" if newest.exists() else ""
+        print(f"\nstopped{more}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -24,10 +24,12 @@ import copy
 import csv
 import itertools
 import json
+import math
 import os
 import socket
 import sys
 import time
+from collections import Counter
 from http.client import HTTPException
 from pathlib import Path
 
@@ -44,7 +46,7 @@ from common import save_grid, select_device
 NAME = Path(__file__).stem  # names the run's folder and its checkpoints
 RANK = int(os.environ.get("RANK", 0))  # which of torchrun's processes this is
 RANKS = int(os.environ.get("WORLD_SIZE", 1))  # and of how many
-DOWNLOAD_ERRORS = (OSError, RuntimeError, ValueError, AssertionError, EOFError, HTTPException)
+DATASETS = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}
 
 
 class Generator(nn.Sequential):
@@ -53,8 +55,12 @@ class Generator(nn.Sequential):
     def __init__(self, latent_dim, width, pixels=784):
         layers = []
         for before, after in itertools.pairwise((latent_dim, width, 2 * width, 4 * width)):
-            layers += [nn.Linear(before, after), nn.BatchNorm1d(after)]  # (B, after)
-            layers += [nn.LeakyReLU(0.2, inplace=True)]
+            # (B, before) to (B, after)
+            layers += [
+                nn.Linear(before, after),
+                nn.BatchNorm1d(after),
+                nn.LeakyReLU(0.2),
+            ]
         super().__init__(*layers, nn.Linear(4 * width, pixels), nn.Tanh())
 
 
@@ -64,8 +70,12 @@ class Discriminator(nn.Sequential):
     def __init__(self, width, pixels=784):
         layers = []
         for before, after in itertools.pairwise((pixels, 4 * width, 2 * width, width)):
-            layers += [nn.Linear(before, after), nn.LeakyReLU(0.2, inplace=True)]  # (B, after)
-            layers += [nn.Dropout(0.3)]
+            # (B, before) to (B, after)
+            layers += [
+                nn.Linear(before, after),
+                nn.LeakyReLU(0.2),
+                nn.Dropout(0.3),
+            ]
         super().__init__(*layers, nn.Linear(width, 1), nn.Flatten(0))
 
 
@@ -87,7 +97,8 @@ def train(args, checkpoint):
     # Under torchrun each process has its share of the images, and all make as many steps.
     device = select_device(args.cuda)
     images = load_images(args).to(device)
-    steps = fewest(len(images) // (args.batch_size * args.d_steps), device)  # of G, an epoch
+    batch = args.batch_size * args.d_steps * RANKS  # images for a step of G, in all processes
+    steps = fewest(len(images) * RANKS // batch, device)
 
     torch.manual_seed(args.seed)
     fixed_noise = torch.randn(64, args.latent_dim).to(device)
@@ -95,8 +106,8 @@ def train(args, checkpoint):
     discriminator = Discriminator(args.width).to(device)
     averaged = copy.deepcopy(generator)  # what grids and samples are drawn with
     # The weights and BatchNorm's averages of both, without the counts of batches.
-    average = [value for value in averaged.state_dict().values() if value.is_floating_point()]
-    current = [value for value in generator.state_dict().values() if value.is_floating_point()]
+    average = list(filter(torch.is_floating_point, averaged.state_dict().values()))
+    current = list(filter(torch.is_floating_point, generator.state_dict().values()))
     adam = {"lr": args.lr, "betas": (0.5, 0.999), "fused": True}
     optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
@@ -106,36 +117,42 @@ def train(args, checkpoint):
         discriminator.compile()
 
     # Go on where the checkpoint stopped, with --lr as it is now, and Adam's other settings as saved.
-    parts = {"generator": generator, "discriminator": discriminator, "averaged": averaged}
-    parts |= {"optimizer_g": optimizer_g, "optimizer_d": optimizer_d}
-    rows, seconds = [], 0.0  # a row for each epoch done
+    parts = {
+        "generator": generator,
+        "discriminator": discriminator,
+        "averaged": averaged,
+        "optimizer_g": optimizer_g,
+        "optimizer_d": optimizer_d,
+    }
+    rows = []  # of metrics, one for each epoch done
     if checkpoint:
         rows = checkpoint["metrics"]
-        seconds = rows[-1]["seconds"]
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-        for optimizer in (optimizer_g, optimizer_d):
-            optimizer.param_groups[0]["lr"] = args.lr
+        optimizer_g.param_groups[0]["lr"] = args.lr
+        optimizer_d.param_groups[0]["lr"] = args.lr
 
     if RANK == 0:
         args.out_dir = args.out_dir or first_free(Path("runs", NAME))
         make_folder(args.out_dir / "samples")
-    where = f"process 1 of {RANKS}, on {device.type}"
-    print(f"{args.dataset}: {len(images):,} images in {where}, to {args.out_dir}", flush=True)
-    if len(rows) >= args.epochs:
-        print(f"epoch {len(rows)} is done: raise --epochs to go on")
+    print(
+        f"{len(images):,} images of {args.dataset}, on {device.type}, to {args.out_dir}",
+        flush=True,
+    )
 
     for epoch in range(len(rows) + 1, args.epochs + 1):
         # A seed for each epoch and process: a resumed run draws what an uninterrupted one draws.
         torch.manual_seed(hash((args.seed, epoch, RANK)))
         data = batches(images, args.batch_size)
-        progress = Progress(epoch, args.epochs, steps, RANKS * args.batch_size * args.d_steps)
+        sums = Counter()  # of the metrics of all steps
+        began = shown = time.perf_counter()
         for step in range(1, steps + 1):
             # Algorithm 1. k steps of D: descend -log D(x) - log(1 - D(G(z))), each on its own data
             # and noise. They are no steps of G: fake is detached. One forward, as D has no BatchNorm.
             for x in itertools.islice(data, args.d_steps):  # the next k batches
+                z = torch.randn(args.batch_size, args.latent_dim, device=device)
                 with autocast:
-                    fake = generator(torch.randn(args.batch_size, args.latent_dim, device=device))
+                    fake = generator(z)
                     logits = discriminator(torch.cat([x, fake.detach()]))
                 real_logits, fake_logits = logits.float().chunk(2)
                 loss_d = discriminator_loss(real_logits, fake_logits)
@@ -158,25 +175,26 @@ def train(args, checkpoint):
             total = (epoch - 1) * steps + step
             torch._foreach_lerp_(average, current, max(0.001, 10 / (10 + total)))
 
-            # Of D's last step.
-            d_real, d_fake = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
-            progress.add(loss_d=loss_d, loss_g=loss_g, d_real=d_real, d_fake=d_fake)
+            with torch.no_grad():
+                d_real, d_fake = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
+                sums.update(loss_d=loss_d, loss_g=loss_g, d_real=d_real, d_fake=d_fake)
+            if time.perf_counter() - shown > PAUSE:
+                show(summary(sums, step, batch, began, rows), args, step / steps)
+                shown = time.perf_counter()
 
-        metrics = progress.means()
-        seconds += progress.seconds
+        row = summary(sums, steps, batch, began, rows)
         weights = itertools.chain(generator.parameters(), discriminator.parameters())
         if not all(p.isfinite().all() for p in weights):
-            fail(f"weights not finite in epoch {epoch}, which is not saved: lower --lr")
+            fail(f"weights not finite in epoch {epoch}, not saved: lower --lr")
+        rows.append(row)
         if RANK == 0:
-            speed = {"images_per_second": progress.rate, "seconds": seconds}
-            rows.append({"epoch": epoch, **metrics, **speed})
             # The checkpoint comes last: a run killed before it does the epoch again, and these files.
             picture = args.out_dir / "samples" / f"epoch_{epoch:04d}.png"
             save_grid(generate(averaged, fixed_noise), picture)
-            save_metrics(rows, args.out_dir / "metrics.csv")
-            save_checkpoint(parts, rows, args, args.out_dir / "checkpoint.pt")
-            progress.show(metrics)
+            save(parts, rows, args)
+            show(row, args)
 
+    print(f"{args.epochs} epochs done, more by --resume {args.out_dir}/checkpoint.pt")
     if RANKS > 1:
         dist.destroy_process_group()
 
@@ -185,8 +203,7 @@ def average_gradients(network):
     """Replaces the gradients by their means over torchrun's processes, so that all make the same step."""
     if RANKS > 1:
         for p in network.parameters():
-            dist.all_reduce(p.grad)
-            p.grad /= RANKS
+            dist.all_reduce(p.grad.div_(RANKS))
 
 
 @torch.no_grad()
@@ -203,36 +220,38 @@ def sample(args, checkpoint):
     generator = Generator(args.latent_dim, args.width).to(device)
     generator.load_state_dict(checkpoint["averaged"])
     torch.manual_seed(args.seed)
-    z, name, columns = torch.randn(args.num_samples, args.latent_dim), "generated", 8
+    name, z = "generated", torch.randn(args.num_samples, args.latent_dim)
     if args.interpolate:
-        z, name, columns = walks(args.interpolate, args.latent_dim), "interpolation", 10
-    images = torch.cat([generate(generator, part.to(device)).cpu() for part in z.split(500)])
+        name, z = "interpolation", walks(args.interpolate, args.latent_dim)
     folder = first_free(args.out_dir / name)
+    images = generate(generator, z.to(device)).cpu()
     for n, image in enumerate(images):
         to_pil_image(image.add(1).mul(127.5).round().byte()).save(folder / f"{n:05d}.png")
-    save_grid(images if args.interpolate else images[:64], folder.with_suffix(".png"), columns)
+    save_grid(images[:64], folder.with_suffix(".png"))
     print(f"{len(images):,} images in {folder}, a grid in {folder}.png")
 
 
 def walks(count, latent_dim):
-    """z (10 * count, latent_dim), ten from each of `count` points to another. Divided by the root each is from N(0, I)
-    like the ends; a straight walk would pass nearer to 0 than almost any z of the training."""
+    """z (8 * count, latent_dim): eight points from a to b, of which there are `count`. As cos^2 + sin^2 = 1, all are from
+    N(0, I), as a and b are; those of a straight line would be nearer to 0."""
     a, b = torch.randn(2, count, 1, latent_dim)
-    t = torch.linspace(0, 1, 10)[:, None]
-    return (((1 - t) * a + t * b) / ((1 - t).square() + t.square()).sqrt()).flatten(0, 1)
+    t = torch.linspace(0, math.pi / 2, 8)[:, None]
+    return (t.cos() * a + t.sin() * b).flatten(0, 1)
+
+
+DOWNLOAD_ERRORS = (OSError, RuntimeError, ValueError, AssertionError, EOFError, HTTPException)
 
 
 def load_images(args):
-    """This process's share of the training set: uint8 (N, 784).
+    """This process's share of the training set: floats (N, 784) in [-1, 1].
 
     Where no set was named and MNIST cannot be had, warns and sets args.dataset to synthetic."""
-    kinds = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}
     named = args.dataset
     args.dataset = named or "mnist"
-    if args.dataset in kinds and RANK == 0:
+    if args.dataset in DATASETS and RANK == 0:
         socket.setdefaulttimeout(10)  # seconds: a dead network would hang
         try:
-            kinds[args.dataset](args.data_dir, download=True)
+            DATASETS[args.dataset](args.data_dir, download=True)
         except DOWNLOAD_ERRORS as error:
             reason = f"no whole {args.dataset} in {args.data_dir}, and no download ({error!r})"
             # A named set is never replaced, and several processes must not find different ones.
@@ -245,8 +264,8 @@ def load_images(args):
     if args.dataset == "synthetic":
         images = synthetic_digits(20_000, seed=0)
     else:
-        images = kinds[args.dataset](args.data_dir).data
-    return images[RANK::RANKS].flatten(1)
+        images = DATASETS[args.dataset](args.data_dir).data
+    return images[RANK::RANKS].flatten(1).float().div(127.5).sub(1)
 
 
 def synthetic_digits(count, seed):
@@ -266,10 +285,9 @@ def synthetic_digits(count, seed):
 
 
 def batches(images, batch_size):
-    """One epoch in random order, the last partial batch dropped: floats (batch_size, 784) in [-1, 1]."""
-    order = torch.randperm(len(images), device=images.device)
-    for index in order.split(batch_size)[: len(images) // batch_size]:
-        yield images.index_select(0, index).float().div(127.5).sub(1)
+    """One epoch in random order: (batch_size, 784) each, the last one perhaps fewer."""
+    for index in torch.randperm(len(images), device=images.device).split(batch_size):
+        yield images.index_select(0, index)
 
 
 def fewest(steps, device):
@@ -282,92 +300,73 @@ def fewest(steps, device):
     return steps.item()
 
 
-class Progress:
-    """Sums an epoch's metrics and shows their means: on a terminal twice a second, in a log once a minute."""
-
-    def __init__(self, epoch, epochs, steps, images):
-        """`images` are those of a step, in all processes."""
-        self.title, self.steps, self.images = f"epoch {epoch}/{epochs}", steps, images
-        self.run = (epochs - epoch + 1) * steps  # steps from here to the end
-        self.step, self.sums = 0, {}
-        self.began = self.shown = time.perf_counter()
-
-    def add(self, **metrics):
-        """Counts a step, with its metrics, scalar tensors or numbers."""
-        self.step += 1
-        for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value).detach()
-        pause = 0.5 if sys.stdout.isatty() else 60
-        if self.step < self.steps and time.perf_counter() - self.shown > pause:
-            self.show(self.means())
-
-    def means(self):
-        """The metrics so far, floats. Waits for the GPU, then takes the time."""
-        means = {name: total.item() / self.step for name, total in self.sums.items()}
-        self.shown = time.perf_counter()
-        self.seconds = self.shown - self.began
-        self.rate = self.step * self.images / self.seconds
-        return means
-
-    def show(self, metrics):
-        numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-        left = self.seconds * (self.run / self.step - 1) / 60
-        line = f"{self.title}  {self.step}/{self.steps}  {numbers}"
-        line += f"  {self.rate:,.1f} images/s  {left:,.1f} min left"
-        end = "\n"
-        if sys.stdout.isatty():
-            line = f"\033[?7l{line}\033[K\033[?7h"  # cut off at the edge, what stood there cleared
-            end = "\n" if self.step == self.steps else "\r"
-        print(line, end=end, flush=True)
+TERMINAL = sys.stdout.isatty()
+PAUSE = 0.5 if TERMINAL else 60  # seconds between lines of progress within an epoch
 
 
-def save_metrics(rows, path):
-    """A line an epoch; the columns are those of the newest, as --resume may come with other metrics."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[-1], extrasaction="ignore", lineterminator="\n")
+def summary(sums, step, batch, began, rows):
+    """The row of metrics of an epoch's first steps, of so many images each: their means, and rate and seconds."""
+    row = {"epoch": len(rows) + 1}
+    row |= {name: total.item() / step for name, total in sums.items()}  # waits for the GPU
+    seconds = time.perf_counter() - began
+    row["images_per_second"] = step * batch / seconds
+    row["seconds"] = seconds + (rows[-1]["seconds"] if rows else 0)
+    return row
+
+
+def show(row, args, part=1):
+    """Prints a row of that part of its epoch, and the time that the run still takes at its rate."""
+    numbers = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
+    left = row["seconds"] * (args.epochs / (row["epoch"] - 1 + part) - 1) / 60
+    line = f"{numbers}  ({part:.0%}, {left:.1f} min left)"
+    if TERMINAL and part < 1:  # cut off at the edge, over what stands there
+        print(f"\033[?7l{line}\033[K\033[?7h", end="\r", flush=True)
+    else:
+        print(line, flush=True)
+
+
+def save(parts, rows, args):
+    """Writes metrics.csv, then checkpoint.pt, which it replaces in one step: after a kill or on a full disk it is the old
+    one or the new one."""
+    with open(args.out_dir / "metrics.csv", "w") as file:
+        writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def save_checkpoint(parts, rows, args, path):
-    """Replaces the file at `path` in one step: after a kill or on a full disk it is the old one or the new one."""
     kept = {name: value for name, value in vars(args).items() if name not in ONE_COMMAND}
-    checkpoint = {"script": NAME, "args": kept, "metrics": rows}
     # Plain values, whatever a new flag or metric is: load_checkpoint() takes no others.
+    checkpoint = {"script": NAME, "args": kept, "metrics": rows}
     checkpoint = json.loads(json.dumps(checkpoint, default=str))
     for name, part in parts.items():
         checkpoint[name] = part.state_dict()
-    with open(path.with_suffix(".part"), "wb") as file:
+    with open(args.out_dir / "checkpoint.part", "wb") as file:
         torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(file.name, path)
+    os.replace(file.name, args.out_dir / "checkpoint.pt")
 
 
 def load_checkpoint(path):
-    """What save_checkpoint() wrote to `path`. Runs no code in it; ends with one line if it is anything else."""
+    """What save() wrote to `path`. Runs no code in it; ends with one line if it is anything else."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["script"] != NAME:
+            raise ValueError(checkpoint["script"])
+        return checkpoint
     except Exception as error:  # torch.load raises eight kinds
-        reason = str(error).partition("\n")[0]
-        fail(f"{path} is no checkpoint, or damaged ({type(error).__name__}: {reason})")
-    if not isinstance(checkpoint, dict) or checkpoint.get("script") != NAME:
-        fail(f"{path} is not a checkpoint of {NAME}.py")
-    return checkpoint
+        fail(f"{path} is no checkpoint of {NAME}.py, or damaged: {error!r:.200}")
 
 
 def first_free(path):
     """Makes the first folder of `path`, `path`-2, `path`-3, ... that is not there yet, and returns its path."""
-    make_folder(path.parent)
     for n in itertools.count(1):
         free = path if n == 1 else path.with_name(f"{path.name}-{n}")
-        if not free.with_suffix(".png").exists():  # the grid of an earlier --sample
-            try:
-                free.mkdir()
-                return free
-            except FileExistsError:  # an earlier run, or one that was faster just now
-                continue
-            except OSError as error:
+        if os.path.lexists(free) or os.path.lexists(free.with_suffix(".png")):
+            continue
+        try:
+            free.mkdir(parents=True)
+            return free
+        except OSError as error:
+            if not os.path.lexists(free):  # else another run has made it just now
                 fail(f"cannot make the folder {free}: {error.strerror}")
 
 
@@ -390,8 +389,8 @@ FIXED = ("dataset", "latent_dim", "width")
 
 def parse_args(argv=None):
     """The arguments, and the checkpoint that --resume or --sample names, else None."""
-    usage, about = f"{NAME}.py [flags]", __doc__.partition("\n")[0]
-    parser = argparse.ArgumentParser(usage=usage, description=about)
+    about = __doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=about)
     yes_or_no = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("training").add_argument
@@ -400,26 +399,29 @@ def parse_args(argv=None):
     add("--lr", type=float, default=4e-4, help="learning rate of Adam (%(default)s)")
     add("--d-steps", type=int, default=1, help="k, steps of D for each of G (%(default)s)")
     add("--saturating", action=yes_or_no, default=False, help="G descends log(1 - D(G(z)))")
-    add("--seed", type=int, default=0, help="one seed repeats a CPU run to the bit (%(default)s)")
+    add("--seed", type=int, default=0, help="repeats a CPU run to the bit (%(default)s)")
     add("--cuda", action="store_true", help="use the GPU; under torchrun, each process its own")
     add("--bf16", action=yes_or_no, default=False, help="autocast to bfloat16")
     add("--compile", action=yes_or_no, default=False, help="torch.compile the networks")
 
     add = parser.add_argument_group("data").add_argument
-    names = ("mnist", "fashion-mnist", "synthetic")
-    add("--dataset", choices=names, help="default: mnist, or synthetic if it cannot be had")
-    add("--data-dir", type=os.path.abspath, default="data", help="where the data sets are (data)")
+    add(
+        "--dataset",
+        choices=(*DATASETS, "synthetic"),
+        help="default: mnist, or synthetic if it cannot be had",
+    )
+    add("--data-dir", type=os.path.abspath, default="data", help="where the sets are (data)")
 
     add = parser.add_argument_group("networks").add_argument
     add("--latent-dim", type=int, default=100, help="size of z (%(default)s)")
     add("--width", type=int, default=256, help="units of the narrowest layer (%(default)s)")
 
     add = parser.add_argument_group("files").add_argument
-    add("--out-dir", type=Path, help=f"where to write; default: the first free of runs/{NAME}, ...")
+    add("--out-dir", type=Path, help=f"default: the first free of runs/{NAME}, ...")
     add("--resume", type=Path, help="go on from that checkpoint, in its folder")
-    add("--sample", type=Path, help="no training: write images from that checkpoint, to its folder")
-    add("--num-samples", type=int, default=64, help="how many images --sample writes (%(default)s)")
-    add("--interpolate", type=int, help="with --sample: so many walks between two z instead")
+    add("--sample", type=Path, help="no training: write images from that checkpoint")
+    add("--num-samples", type=int, default=64, help="images that --sample writes (%(default)s)")
+    add("--interpolate", type=int, help="with --sample: so many walks between two z")
 
     args, checkpoint = parser.parse_args(argv), None
     path = args.resume or args.sample
@@ -428,35 +430,24 @@ def parse_args(argv=None):
         checkpoint = load_checkpoint(path)
         parser.set_defaults(out_dir=path.parent, **checkpoint["args"])
         args = parser.parse_args(argv)
+        for name in FIXED:
+            if getattr(args, name) != checkpoint["args"].get(name):
+                parser.error(f"--{name.replace('_', '-')} is fixed by {path}: leave it out")
 
-    # The numbers among the flags, and their lowest values.
-    lowest = {
-        "epochs": 1,
-        "batch_size": 2,
-        "lr": 0,
-        "d_steps": 1,
-        "seed": 0,
-        "latent_dim": 1,
-        "width": 1,
-        "num_samples": 1,
-        "interpolate": 1,
-    }
     for name, value in vars(args).items():
-        flag = "--" + name.replace("_", "-")
-        if name in lowest and value is not None and not lowest[name] <= value < 2**31:
-            parser.error(f"{flag} {value} is not between {lowest[name]} and 2**31")
-        if path and name in FIXED and value != checkpoint["args"].get(name, value):
-            parser.error(f"{flag} is fixed by {path}: leave it out")
-    if args.resume and args.sample:
-        parser.error("--sample does not train: leave --resume out")
+        low = -1 if name == "seed" else 0
+        if type(value) in (int, float) and not low < value < 2**31:
+            parser.error(f"--{name.replace('_', '-')} {value} is not between {low} and 2**31")
+    if args.batch_size == 1:
+        parser.error("--batch-size: BatchNorm takes 2 images or more")
+    if args.sample and (args.resume or RANKS > 1):
+        parser.error("--sample goes without --resume, and without torchrun")
     if args.interpolate and not args.sample:
         parser.error("--interpolate needs --sample")
-    if args.sample and RANKS > 1:
-        parser.error("--sample is for one process: leave torchrun out")
     if args.out_dir and not args.sample:
-        there = args.out_dir / "checkpoint.pt"
-        if there != args.resume and os.path.exists(there):
-            parser.error(f"{args.out_dir} holds a run: --resume {there}, or another --out-dir")
+        newest = args.out_dir / "checkpoint.pt"
+        if newest != args.resume and os.path.exists(newest):
+            parser.error(f"{newest} is there: --resume it, or choose another --out-dir")
     return args, checkpoint
 
 
@@ -465,16 +456,12 @@ def main():
     if RANK:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     try:
-        if args.sample:
-            sample(args, checkpoint)
-        else:
-            train(args, checkpoint)
+        run = sample if args.sample else train
+        run(args, checkpoint)
     except KeyboardInterrupt:
-        more = ""
-        if args.out_dir and (args.out_dir / "checkpoint.pt").exists():
-            more = f": python {NAME}.py --resume {args.out_dir}/checkpoint.pt goes on"
-        if RANK == 0:
-            print(f"\nstopped{more}", file=sys.stderr)
+        newest = Path(args.out_dir or "", "checkpoint.pt")
+        more = f": python {NAME}.py --resume {newest} goes on" if newest.exists() else ""
+        print(f"\nstopped{more}", file=sys.stderr)
         sys.exit(130)
 
 

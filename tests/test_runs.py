@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,10 @@ from conftest import ROOT, SCRIPTS, SMALL, STEADY, Command, load, result, run, s
 
 # The columns of metrics.csv, beside the epoch and the speed.
 COLUMNS = {
-    "vae": ["train_loss", "test_loss", "test_reconstruction", "test_kl"],
+    "vae": ["test_loss", "test_reconstruction", "test_kl", "train_loss"],
     "gan": ["loss_d", "loss_g", "d_real", "d_fake"],
     "dcgan": ["loss_d", "loss_g", "d_real", "d_fake"],
-    "pix2pix": ["loss_d", "loss_g_gan", "loss_g_l1", "val_l1", "val_psnr"],
+    "pix2pix": ["val_l1", "val_psnr", "loss_d", "loss_g_gan", "loss_g_l1"],
 }
 
 
@@ -70,19 +71,19 @@ def test_metrics_and_log_have_a_line_an_epoch(name, script, flags, tmp_path, cap
     out = tmp_path / "run"
     assert run(script, "--epochs", 2, "--out-dir", out, *flags[name]) == 0
     printed, err = capsys.readouterr()
-    first, *lines = printed.splitlines()
-    data = "folder" if name == "pix2pix" else "mnist"
-    assert first.startswith(data) and first.endswith(f"to {out}") and err == ""
+    first, *lines, last = printed.splitlines()
+    data = "3 pairs of folder" if name == "pix2pix" else "255 images of mnist"
+    assert first == f"{data}, on cpu, to {out}" and err == ""
+    assert last == f"2 epochs done, more by --resume {out}/checkpoint.pt"
 
     rows = list(csv.DictReader(open(out / "metrics.csv")))
     assert list(rows[0]) == ["epoch", *COLUMNS[name], "images_per_second", "seconds"]
     assert len(rows) == len(lines) == 2
     for epoch, (row, line) in enumerate(zip(rows, lines), 1):
-        assert line.startswith(f"epoch {epoch}/2 ") and row["epoch"] == str(epoch)
-        for column in COLUMNS[name]:
+        assert line.startswith(f"epoch {epoch}  ") and line.endswith(" min left)")
+        for column in row:
             shown = re.search(rf"\b{column} (\S+)", line)[1]
-            assert float(shown) == pytest.approx(float(row[column]), abs=0.006)
-        assert "images/s" in line and line.endswith("min left")
+            assert float(shown) == pytest.approx(float(row[column]), rel=1e-4)
     assert load(out)["metrics"] == [
         {key: pytest.approx(float(row[key])) for key in row} for row in rows
     ]
@@ -96,22 +97,25 @@ def test_metrics_and_log_have_a_line_an_epoch(name, script, flags, tmp_path, cap
 
 # A terminal is told not to wrap the line, to clear what stood there, and to go back to its beginning.
 @pytest.mark.parametrize(
-    "terminal, wait, shown",
-    [(True, 0.3, "\033[?7l{}\033[K\033[?7h\r"), (False, 40, "{}\n")],
+    "terminal, shown", [(True, "\033[?7l{}\033[K\033[?7h\r"), (False, "{}\n")]
 )
-def test_progress_within_an_epoch(terminal, wait, shown, script, monkeypatch, capsys):
-    """Twice a second on one line of a terminal, once a minute in a log: here after two steps."""
-    now = [0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
-    progress = script.Progress(epoch=2, epochs=3, steps=4, images=10)
-    for value in (1.0, 2.0, 6.0):
-        now[0] += wait
-        progress.add(loss=torch.tensor(value))
-    rate, left = 10 / wait, 6 * wait / 60
-    line = f"epoch 2/3  2/4  loss 1.500  {rate:.1f} images/s  {left:.1f} min left"
+def test_progress_is_of_the_epoch_so_far(terminal, shown, script, monkeypatch, capsys):
+    """Half of the second of three epochs: two steps, of ten images in 4 s, after an epoch of 6 s."""
+    monkeypatch.setattr(script, "TERMINAL", terminal)
+    monkeypatch.setattr(time, "perf_counter", lambda: 104)
+    row = script.summary(Counter(loss=torch.tensor(3.0)), 2, 10, 100, [{"seconds": 6}])
+    script.show(row, argparse.Namespace(epochs=3), 0.5)
+    line = "epoch 2  loss 1.5  images_per_second 5  seconds 10  (50%, 0.2 min left)"
     assert capsys.readouterr().out == shown.format(line)
-    assert progress.means() == {"loss": 3}
+
+
+def test_progress_comes_between_steps(name, script, flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "PAUSE", -1)  # seconds between lines
+    assert run(script, "--epochs", 1, "--out-dir", tmp_path / "run", *flags[name]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:-1]
+    assert re.findall(r"\((\d+)%", " ".join(lines)) == ["33", "67", "100", "100"]
+    losses = [re.search(rf"{COLUMNS[name][-1]} (\S+)", line)[1] for line in lines]
+    assert len(set(losses)) == 3 and losses[2] == losses[3]  # the mean of all steps
 
 
 def test_bfloat16_is_near_float32(name, script, flags, finished, tmp_path):
@@ -144,7 +148,7 @@ def test_no_run_and_no_samples_overwrite_others(name, script, flags, tmp_path, m
     assert run(script, *command) == run(script, *command) == 0
     before = result(out)
     assert run(script, *command, "--out-dir", out) == 2
-    assert f"{out} holds a run" in capsys.readouterr().err
+    assert f"{out}/checkpoint.pt is there" in capsys.readouterr().err
     assert same(result(out), before) and sorted(os.listdir("runs")) == [name, f"{name}-2"]
 
     sample = ["--sample", out / "checkpoint.pt", "--num-samples", 1, "--out-dir", "new"]
@@ -175,7 +179,7 @@ def test_nothing_said_and_no_network(name, script, offline, tmp_path, monkeypatc
     assert run(script, *small) == 0
     out, err = capsys.readouterr()
     assert (
-        out.startswith("synthetic") and err.startswith("warning: ") and len(err.splitlines()) == 1
+        "of synthetic, on cpu" in out and err.startswith("warning: ") and len(err.splitlines()) == 1
     )
     assert load(Path("runs", name))["args"]["dataset"] == "synthetic"
 
@@ -194,7 +198,7 @@ def test_nothing_said_and_no_network(name, script, offline, tmp_path, monkeypatc
 def test_a_finished_run_stays_as_it_is(script, finished, capsys):
     before = result(finished)
     assert run(script, "--resume", finished / "checkpoint.pt") == 0
-    assert "raise --epochs" in capsys.readouterr().out and same(result(finished), before)
+    assert "2 epochs done" in capsys.readouterr().out and same(result(finished), before)
 
 
 def test_resume_keeps_what_was_not_said_and_takes_what_was(name, script, copied):
@@ -228,7 +232,7 @@ def test_a_kept_checkpoint_is_resumed_in_another_folder(script, copied, tmp_path
     assert (
         run(script, "--resume", out / "kept.pt", "--epochs", 3) == 2
     )  # it would overwrite the run
-    assert "holds a run" in capsys.readouterr().err
+    assert f"{checkpoint} is there" in capsys.readouterr().err
     assert (
         run(script, "--resume", out / "kept.pt", "--epochs", 3, "--out-dir", tmp_path / "fork") == 0
     )
@@ -431,7 +435,8 @@ def change(name, folder, *replacements):
     (folder / f"{name}.py").write_text(text)
 
 
-TRAIN, ROW, ADD = "def train(args, checkpoint):\n", "metrics = progress.means()\n", "progress.add("
+TRAIN, ADD = "def train(args, checkpoint):\n", "sums.update("
+ROW = "row = summary(sums, steps, batch, began, rows)\n"
 MISTAKES = {
     "in a loss": (".mean()", ".view(7).mean()", "RuntimeError"),
     "opening a file in train": (TRAIN, TRAIN + '    open("stats.npz")\n', "FileNotFoundError"),
@@ -474,7 +479,7 @@ def test_a_metric_added_to_a_copy_arrives_everywhere(name, copied, tmp_path):
     """Also one that is no float but a number of numpy's; and what the run had before is kept."""
     out, checkpoint = copied
     mine = (ADD, f"{ADD}mine=torch.tensor(0.25), ")
-    numpys = (ROW, f"{ROW}        metrics['numpys'] = np.float32(0.5)\n")
+    numpys = (ROW, f"{ROW}        row['numpys'] = np.float32(0.5)\n")
     change(
         name, tmp_path, ("import argparse\n", "import argparse\nimport numpy as np\n"), mine, numpys
     )
@@ -483,7 +488,7 @@ def test_a_metric_added_to_a_copy_arrives_everywhere(name, copied, tmp_path):
             name, "--resume", checkpoint, "--epochs", epochs, cwd=tmp_path, folder=tmp_path
         )
         assert running.wait() == (0, "")
-        assert "mine 0.250" in running.read("out") and "numpys 0.500" in running.read("out")
+        assert "mine 0.25 " in running.read("out") and "numpys 0.5 " in running.read("out")
 
     rows = list(csv.DictReader(open(out / "metrics.csv")))
     assert {"mine", "numpys", *COLUMNS[name]} < set(rows[0])
