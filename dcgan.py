@@ -8,7 +8,8 @@ Generative Adversarial Networks" (2016, arXiv:1511.06434).
     python dcgan.py --sample runs/dcgan/checkpoint.pt --num-samples 10000
     python dcgan.py --sample runs/dcgan/checkpoint.pt --interpolate 8
 
-Writes to runs/dcgan: checkpoint.pt, metrics.csv, and samples/epoch_0001.png, ..., the same noise after every epoch.
+Writes to runs/dcgan: checkpoint.pt, metrics.csv, samples/real.png of the training set, and samples/epoch_0001.png, ..., the
+same noise after every epoch.
 
 Differences from the paper:
 1. The depth follows the image size, b * 2**k with b from 4 to 7: start at b x b, k levels of stride 2, channels doubling
@@ -166,10 +167,11 @@ def train(args, checkpoint):
     if RANK == 0:
         args.out_dir = args.out_dir or first_free(Path("runs", NAME))
         make_folder(args.out_dir / "samples")
-    print(
-        f"{len(images):,} images of {args.dataset}, on {device.type}, to {args.out_dir}",
-        flush=True,
-    )
+        save_grid(next(batches(images, 64, device)), args.out_dir / "samples" / "real.png")
+    print(f"{len(images):,} images of {args.dataset}, on {device.type}, to {args.out_dir}")
+    for network in (generator, discriminator):
+        count = sum(p.numel() for p in network.parameters())
+        print(f"{type(network).__name__}: {count:,} parameters", flush=True)
 
     for epoch in range(len(rows) + 1, args.epochs + 1):
         # A seed for each epoch and process: a resumed run draws what an uninterrupted one draws.
@@ -285,7 +287,8 @@ def load_images(args):
         try:
             DATASETS[args.dataset](args.data_dir, download=True)
         except DOWNLOAD_ERRORS as error:
-            reason = f"no whole {args.dataset} in {args.data_dir}, and no download ({error!r})"
+            site = getattr(DATASETS[args.dataset], "url", "")  # the digits' are in the error
+            reason = f"no whole {args.dataset} in {args.data_dir}, no download {site} ({error!r})"
             # A named set is never replaced, and several processes must not find different ones.
             if named or RANKS > 1:
                 fail(f"{reason}: put it there, or choose another --data-dir")
@@ -415,15 +418,19 @@ def show(row, args, part=1):
 
 
 def save(parts, rows, args):
-    """Writes metrics.csv, then checkpoint.pt, which it replaces in one step: after a kill or on a full disk it is the old
-    one or the new one."""
+    """Writes metrics.csv, and in every --save-every-th epoch and the last checkpoint.pt, which it replaces in one step:
+    after a kill or on a full disk it is the old one or the new one."""
     with open(args.out_dir / "metrics.csv", "w") as file:
         writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    kept = {name: value for name, value in vars(args).items() if name not in ONE_COMMAND}
+    epoch = len(rows)
+    keep = args.keep_every and epoch % args.keep_every == 0
+    if not keep and epoch % args.save_every and epoch != args.epochs:
+        return
+    flags = {name: value for name, value in vars(args).items() if name not in ONE_COMMAND}
     # Plain values, whatever a new flag or metric is: load_checkpoint() takes no others.
-    checkpoint = {"script": NAME, "args": kept, "metrics": rows}
+    checkpoint = {"script": NAME, "torch": torch.__version__, "args": flags, "metrics": rows}
     checkpoint = json.loads(json.dumps(checkpoint, default=str))
     for name, part in parts.items():
         checkpoint[name] = part.state_dict()
@@ -431,6 +438,8 @@ def save(parts, rows, args):
         torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
+    if keep:
+        shutil.copy(file.name, args.out_dir / f"checkpoint_{epoch:04d}.pt")
     os.replace(file.name, args.out_dir / "checkpoint.pt")
 
 
@@ -508,7 +517,9 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("files").add_argument
     add("--out-dir", type=Path, help=f"default: the first free of runs/{NAME}, ...")
-    add("--resume", type=Path, help="go on from that checkpoint, in its folder")
+    add("--save-every", type=int, default=1, help="epochs to a checkpoint (%(default)s)")
+    add("--keep-every", type=int, help="also keep every N-th epoch's, as checkpoint_0025.pt")
+    add("--resume", type=Path, help="go on from that checkpoint, or that run's folder")
     add("--sample", type=Path, help="no training: write images from that checkpoint")
     add("--num-samples", type=int, default=64, help="images that --sample writes (%(default)s)")
     add("--interpolate", type=int, help="with --sample: so many walks between two z")
@@ -516,6 +527,8 @@ def parse_args(argv=None):
     args, checkpoint = parser.parse_args(argv), None
     path = args.resume or args.sample
     if path:
+        if os.path.isdir(path):
+            path /= "checkpoint.pt"
         # What the checkpoint keeps becomes the defaults, so that no other flag is needed.
         checkpoint = load_checkpoint(path)
         parser.set_defaults(out_dir=path.parent, **checkpoint["args"])
@@ -546,7 +559,7 @@ def parse_args(argv=None):
         parser.error("--interpolate needs --sample")
     if args.out_dir and not args.sample:
         newest = args.out_dir / "checkpoint.pt"
-        if newest != args.resume and os.path.exists(newest):
+        if newest != path and os.path.exists(newest):
             parser.error(f"{newest} is there: --resume it, or choose another --out-dir")
     return args, checkpoint
 

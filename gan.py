@@ -7,7 +7,8 @@
     python gan.py --sample runs/gan/checkpoint.pt --num-samples 10000
     python gan.py --sample runs/gan/checkpoint.pt --interpolate 8
 
-Writes to runs/gan: checkpoint.pt, metrics.csv, and samples/epoch_0001.png, ..., the same noise after every epoch.
+Writes to runs/gan: checkpoint.pt, metrics.csv, samples/real.png of the training set, and samples/epoch_0001.png, ..., the
+same noise after every epoch.
 
 Differences from the paper:
 1. G is 100-256-512-1024-784 with BatchNorm, LeakyReLU and tanh, not ReLU and sigmoid; D is 784-1024-512-256-1 with
@@ -26,6 +27,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import socket
 import sys
 import time
@@ -135,10 +137,12 @@ def train(args, checkpoint):
     if RANK == 0:
         args.out_dir = args.out_dir or first_free(Path("runs", NAME))
         make_folder(args.out_dir / "samples")
-    print(
-        f"{len(images):,} images of {args.dataset}, on {device.type}, to {args.out_dir}",
-        flush=True,
-    )
+        real = to_images(next(batches(images, 64)))
+        save_grid(real, args.out_dir / "samples" / "real.png")
+    print(f"{len(images):,} images of {args.dataset}, on {device.type}, to {args.out_dir}")
+    for network in (generator, discriminator):
+        count = sum(p.numel() for p in network.parameters())
+        print(f"{type(network).__name__}: {count:,} parameters", flush=True)
 
     for epoch in range(len(rows) + 1, args.epochs + 1):
         # A seed for each epoch and process: a resumed run draws what an uninterrupted one draws.
@@ -206,11 +210,16 @@ def average_gradients(network):
             dist.all_reduce(p.grad.div_(RANKS))
 
 
+def to_images(x):
+    """(N, 784) to (N, 1, 28, 28)."""
+    return x.view(-1, 1, 28, 28)
+
+
 @torch.no_grad()
 def generate(generator, z):
     """G(z), images (B, 1, 28, 28) in (-1, 1), by BatchNorm's running averages, which it leaves as they are."""
     generator.eval()
-    images = generator(z).view(-1, 1, 28, 28)
+    images = to_images(generator(z))
     generator.train()
     return images
 
@@ -326,15 +335,19 @@ def show(row, args, part=1):
 
 
 def save(parts, rows, args):
-    """Writes metrics.csv, then checkpoint.pt, which it replaces in one step: after a kill or on a full disk it is the old
-    one or the new one."""
+    """Writes metrics.csv, and in every --save-every-th epoch and the last checkpoint.pt, which it replaces in one step:
+    after a kill or on a full disk it is the old one or the new one."""
     with open(args.out_dir / "metrics.csv", "w") as file:
         writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    kept = {name: value for name, value in vars(args).items() if name not in ONE_COMMAND}
+    epoch = len(rows)
+    keep = args.keep_every and epoch % args.keep_every == 0
+    if not keep and epoch % args.save_every and epoch != args.epochs:
+        return
+    flags = {name: value for name, value in vars(args).items() if name not in ONE_COMMAND}
     # Plain values, whatever a new flag or metric is: load_checkpoint() takes no others.
-    checkpoint = {"script": NAME, "args": kept, "metrics": rows}
+    checkpoint = {"script": NAME, "torch": torch.__version__, "args": flags, "metrics": rows}
     checkpoint = json.loads(json.dumps(checkpoint, default=str))
     for name, part in parts.items():
         checkpoint[name] = part.state_dict()
@@ -342,6 +355,8 @@ def save(parts, rows, args):
         torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
+    if keep:
+        shutil.copy(file.name, args.out_dir / f"checkpoint_{epoch:04d}.pt")
     os.replace(file.name, args.out_dir / "checkpoint.pt")
 
 
@@ -418,7 +433,9 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("files").add_argument
     add("--out-dir", type=Path, help=f"default: the first free of runs/{NAME}, ...")
-    add("--resume", type=Path, help="go on from that checkpoint, in its folder")
+    add("--save-every", type=int, default=1, help="epochs to a checkpoint (%(default)s)")
+    add("--keep-every", type=int, help="also keep every N-th epoch's, as checkpoint_0025.pt")
+    add("--resume", type=Path, help="go on from that checkpoint, or that run's folder")
     add("--sample", type=Path, help="no training: write images from that checkpoint")
     add("--num-samples", type=int, default=64, help="images that --sample writes (%(default)s)")
     add("--interpolate", type=int, help="with --sample: so many walks between two z")
@@ -426,6 +443,8 @@ def parse_args(argv=None):
     args, checkpoint = parser.parse_args(argv), None
     path = args.resume or args.sample
     if path:
+        if os.path.isdir(path):
+            path /= "checkpoint.pt"
         # What the checkpoint keeps becomes the defaults, so that no other flag is needed.
         checkpoint = load_checkpoint(path)
         parser.set_defaults(out_dir=path.parent, **checkpoint["args"])
@@ -446,7 +465,7 @@ def parse_args(argv=None):
         parser.error("--interpolate needs --sample")
     if args.out_dir and not args.sample:
         newest = args.out_dir / "checkpoint.pt"
-        if newest != args.resume and os.path.exists(newest):
+        if newest != path and os.path.exists(newest):
             parser.error(f"{newest} is there: --resume it, or choose another --out-dir")
     return args, checkpoint
 

@@ -6,13 +6,13 @@ arXiv:1611.07004).
     torchrun --nproc-per-node 8 pix2pix.py --cuda                    eight GPUs, --batch-size is that of each
     python pix2pix.py --resume runs/pix2pix/checkpoint.pt            go on
     python pix2pix.py --sample runs/pix2pix/checkpoint.pt            translate the held-out pairs
-    python pix2pix.py --sample runs/pix2pix/checkpoint.pt --input sketches
+    python pix2pix.py --sample runs/pix2pix/checkpoint.pt --input sketches       a folder, or one image
 
 A folder of pairs holds train/ and a held-out val/ (or test/), files with A and B side by side; or A/ and B/ with equal
 file names, of which every tenth is held out.
 
-Writes to runs/pix2pix: checkpoint.pt, metrics.csv, and samples/epoch_0001.png, ..., rows of source, output and target,
-twice, for the same held-out pairs after every epoch.
+Writes to runs/pix2pix: checkpoint.pt every 5 epochs, metrics.csv, samples/real.png of the training set (sources beside
+targets), and samples/epoch_0001.png, ..., rows of source, output and target, twice, of the same held-out pairs.
 
 Differences from the paper:
 1. InstanceNorm, not BatchNorm: at the paper's batch of one they are the same, and at any other no output depends on
@@ -194,10 +194,12 @@ def train(args, checkpoint):
     if RANK == 0:
         args.out_dir = args.out_dir or first_free(Path("runs", NAME))
         make_folder(args.out_dir / "samples")
-    print(
-        f"{len(pairs):,} pairs of {args.dataset}, on {device.type}, to {args.out_dir}",
-        flush=True,
-    )
+        real = torch.stack(split_pairs(pairs[:32], args.direction), 1).flatten(0, 1)
+        save_grid(real, args.out_dir / "samples" / "real.png")
+    print(f"{len(pairs):,} pairs of {args.dataset}, on {device.type}, to {args.out_dir}")
+    for network in (generator, discriminator):
+        count = sum(p.numel() for p in network.parameters())
+        print(f"{type(network).__name__}: {count:,} parameters", flush=True)
 
     for epoch in range(len(rows) + 1, args.epochs + 1):
         # A seed for each epoch and process: a resumed run draws what an uninterrupted one draws.
@@ -291,41 +293,45 @@ def sample(args, checkpoint):
     generator.load_state_dict(checkpoint["generator"])
     generator.train(not args.deterministic)  # with dropout, as in training
     folder, grid, count = None, [], 0
-    for name, *images in itertools.islice(sources(args), args.num_samples):
+    for name, size, source, *target in itertools.islice(sources(args), args.num_samples):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            output = translate(generator, images[0].to(device), args.seed).cpu()
+            output = translate(generator, source.to(device), args.seed).cpu()
         folder = folder or first_free(args.out_dir / "generated")
         make_folder((folder / name).parent)
         image = to_pil_image(output[0].add(1).mul(127.5).round().byte())
-        image.save(folder / name, quality=95)
+        image.resize(size, Image.Resampling.BICUBIC).save(folder / name, quality=95)
         count += 1
         if count <= 16:
-            grid += [images[0], output, *images[1:]]
+            grid += [source, output, *target]
     if count == 0:
-        fail(f"no images in {args.input}: name the folder that holds them with --input")
-    columns = 2 * (1 + len(images))
+        fail(f"no images in {args.input}: name one, or their folder, with --input")
+    columns = 2 * (2 + len(target))
     save_grid(torch.cat(grid), folder.with_suffix(".png"), columns)
     print(f"{count:,} images in {folder}, a grid in {folder}.png")
 
 
 def sources(args):
-    """What --sample translates: a name for the result, the source (1, 3, H, W), and, of a held-out pair, the target."""
+    """What --sample translates: a name and a size for the result, the source (1, 3, H, W), and, of a held-out pair, the
+    target."""
     if args.input is None:
+        size = (args.image_size, args.image_size)
         for n, pair in enumerate(load_pairs(args, "val").split(1)):
-            yield f"{n:05d}.png", *split_pairs(pair, args.direction)
+            yield f"{n:05d}.png", size, *split_pairs(pair, args.direction)
         return
-    for path in list_files(args.input):
+    one = os.path.isfile(args.input)
+    folder = args.input.parent if one else args.input
+    for path in [args.input] if one else list_files(folder):
         try:
             image = read_image(path)
         except BadImage as error:
             print(f"skipped {error}", file=sys.stderr)
             continue
-        name = str(path.relative_to(args.input))
+        name = str(path.relative_to(folder))
         if not name.lower().endswith(
             (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
         ):
             name += ".png"
-        yield name, to_floats(to_square(image, args.image_size)[None])
+        yield name, image.size, to_floats(to_square(image, args.image_size)[None])
 
 
 def load_pairs(args, split):
@@ -546,15 +552,19 @@ def show(row, args, part=1):
 
 
 def save(parts, rows, args):
-    """Writes metrics.csv, then checkpoint.pt, which it replaces in one step: after a kill or on a full disk it is the old
-    one or the new one."""
+    """Writes metrics.csv, and in every --save-every-th epoch and the last checkpoint.pt, which it replaces in one step:
+    after a kill or on a full disk it is the old one or the new one."""
     with open(args.out_dir / "metrics.csv", "w") as file:
         writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    kept = {name: value for name, value in vars(args).items() if name not in ONE_COMMAND}
+    epoch = len(rows)
+    keep = args.keep_every and epoch % args.keep_every == 0
+    if not keep and epoch % args.save_every and epoch != args.epochs:
+        return
+    flags = {name: value for name, value in vars(args).items() if name not in ONE_COMMAND}
     # Plain values, whatever a new flag or metric is: load_checkpoint() takes no others.
-    checkpoint = {"script": NAME, "args": kept, "metrics": rows}
+    checkpoint = {"script": NAME, "torch": torch.__version__, "args": flags, "metrics": rows}
     checkpoint = json.loads(json.dumps(checkpoint, default=str))
     for name, part in parts.items():
         checkpoint[name] = part.state_dict()
@@ -562,6 +572,8 @@ def save(parts, rows, args):
         torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
+    if keep:
+        shutil.copy(file.name, args.out_dir / f"checkpoint_{epoch:04d}.pt")
     os.replace(file.name, args.out_dir / "checkpoint.pt")
 
 
@@ -639,15 +651,23 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("files").add_argument
     add("--out-dir", type=Path, help=f"default: the first free of runs/{NAME}, ...")
-    add("--resume", type=Path, help="go on from that checkpoint, in its folder")
+    add("--save-every", type=int, default=5, help="epochs to a checkpoint (%(default)s)")
+    add("--keep-every", type=int, help="also keep every N-th epoch's, as checkpoint_0025.pt")
+    add("--resume", type=Path, help="go on from that checkpoint, or that run's folder")
     add("--sample", type=Path, help="no training: translate images by that checkpoint")
     add("--num-samples", type=int, help="how many images --sample writes; default: all")
-    add("--input", type=Path, help="with --sample: a folder; default: the held-out pairs")
+    add(
+        "--input",
+        type=Path,
+        help="with --sample: an image or a folder; default: held-out pairs",
+    )
     add("--deterministic", action="store_true", help="with --sample: without dropout")
 
     args, checkpoint = parser.parse_args(argv), None
     path = args.resume or args.sample
     if path:
+        if os.path.isdir(path):
+            path /= "checkpoint.pt"
         # What the checkpoint keeps becomes the defaults, so that no other flag is needed.
         checkpoint = load_checkpoint(path)
         parser.set_defaults(out_dir=path.parent, **checkpoint["args"])
@@ -672,7 +692,7 @@ def parse_args(argv=None):
         parser.error("--input and --deterministic need --sample")
     if args.out_dir and not args.sample:
         newest = args.out_dir / "checkpoint.pt"
-        if newest != args.resume and os.path.exists(newest):
+        if newest != path and os.path.exists(newest):
             parser.error(f"{newest} is there: --resume it, or choose another --out-dir")
     return args, checkpoint
 

@@ -10,8 +10,8 @@ deterministic twin, the autoencoder.
     python vae.py --sample runs/vae/checkpoint.pt --interpolate 8
     python vae.py --eval runs/vae/checkpoint.pt --importance-samples 5000
 
-Writes to runs/vae: checkpoint.pt, metrics.csv, and every epoch samples/ (from the same noise) and reconstructions/
-(held-out images above their reconstructions). The metrics are the negative ELBO and its terms, nats an image, whatever
+Writes to runs/vae: checkpoint.pt, metrics.csv, samples/real.png of the training set, and every epoch samples/ (from the
+same noise) and reconstructions/ (held-out images above their reconstructions). The metrics are the negative ELBO and its terms, nats an image, whatever
 --beta is; the KL of an autoencoder is 0.
 
 Differences from the paper:
@@ -29,6 +29,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import socket
 import sys
 import time
@@ -136,10 +137,10 @@ def train(args, checkpoint):
         args.out_dir = args.out_dir or first_free(Path("runs", NAME))
         make_folder(args.out_dir / "samples")
         make_folder(args.out_dir / "reconstructions")
-    print(
-        f"{len(images):,} images of {args.dataset}, on {device.type}, to {args.out_dir}",
-        flush=True,
-    )
+        real = to_images(next(batches(images, 64)))
+        save_grid(real, args.out_dir / "samples" / "real.png", value_range=(0, 1))
+    print(f"{len(images):,} images of {args.dataset}, on {device.type}, to {args.out_dir}")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
 
     for epoch in range(len(rows) + 1, args.epochs + 1):
         # A seed for each epoch and process: a resumed run draws what an uninterrupted one draws.
@@ -177,7 +178,7 @@ def train(args, checkpoint):
             # The checkpoint comes last: a run killed before it does the epoch again, and these files.
             picture = f"epoch_{epoch:04d}.png"
             x = held_out[:16]
-            pairs = torch.cat([x.view(-1, 1, 28, 28), decode(model, model.encode(x)[0])])
+            pairs = torch.cat([to_images(x), decode(model, model.encode(x)[0])])
             save_grid(
                 pairs, args.out_dir / "reconstructions" / picture, len(x), value_range=(0, 1)
             )
@@ -206,10 +207,15 @@ def average_gradients(network):
             dist.all_reduce(p.grad.div_(RANKS))
 
 
+def to_images(x):
+    """(N, 784) to (N, 1, 28, 28)."""
+    return x.view(-1, 1, 28, 28)
+
+
 @torch.no_grad()
 def decode(model, z):
     """z (..., latent_dim) to the means of p(x|z), images (N, 1, 28, 28) in [0, 1]."""
-    return model.decoder(z).sigmoid().view(-1, 1, 28, 28)
+    return to_images(model.decoder(z).sigmoid())
 
 
 @torch.no_grad()
@@ -376,15 +382,19 @@ def show(row, args, part=1):
 
 
 def save(parts, rows, args):
-    """Writes metrics.csv, then checkpoint.pt, which it replaces in one step: after a kill or on a full disk it is the old
-    one or the new one."""
+    """Writes metrics.csv, and in every --save-every-th epoch and the last checkpoint.pt, which it replaces in one step:
+    after a kill or on a full disk it is the old one or the new one."""
     with open(args.out_dir / "metrics.csv", "w") as file:
         writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    kept = {name: value for name, value in vars(args).items() if name not in ONE_COMMAND}
+    epoch = len(rows)
+    keep = args.keep_every and epoch % args.keep_every == 0
+    if not keep and epoch % args.save_every and epoch != args.epochs:
+        return
+    flags = {name: value for name, value in vars(args).items() if name not in ONE_COMMAND}
     # Plain values, whatever a new flag or metric is: load_checkpoint() takes no others.
-    checkpoint = {"script": NAME, "args": kept, "metrics": rows}
+    checkpoint = {"script": NAME, "torch": torch.__version__, "args": flags, "metrics": rows}
     checkpoint = json.loads(json.dumps(checkpoint, default=str))
     for name, part in parts.items():
         checkpoint[name] = part.state_dict()
@@ -392,6 +402,8 @@ def save(parts, rows, args):
         torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
+    if keep:
+        shutil.copy(file.name, args.out_dir / f"checkpoint_{epoch:04d}.pt")
     os.replace(file.name, args.out_dir / "checkpoint.pt")
 
 
@@ -470,7 +482,9 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("files").add_argument
     add("--out-dir", type=Path, help=f"default: the first free of runs/{NAME}, ...")
-    add("--resume", type=Path, help="go on from that checkpoint, in its folder")
+    add("--save-every", type=int, default=1, help="epochs to a checkpoint (%(default)s)")
+    add("--keep-every", type=int, help="also keep every N-th epoch's, as checkpoint_0025.pt")
+    add("--resume", type=Path, help="go on from that checkpoint, or that run's folder")
     add("--sample", type=Path, help="no training: write images from that checkpoint")
     add("--num-samples", type=int, default=64, help="images that --sample writes (%(default)s)")
     add("--interpolate", type=int, help="with --sample: walks between two held-out images")
@@ -480,6 +494,8 @@ def parse_args(argv=None):
     args, checkpoint = parser.parse_args(argv), None
     path = args.resume or args.sample or args.eval
     if path:
+        if os.path.isdir(path):
+            path /= "checkpoint.pt"
         # What the checkpoint keeps becomes the defaults, so that no other flag is needed.
         checkpoint = load_checkpoint(path)
         parser.set_defaults(out_dir=path.parent, **checkpoint["args"])
@@ -501,7 +517,7 @@ def parse_args(argv=None):
         parser.error("--interpolate needs --sample")
     if args.out_dir and not uses:
         newest = args.out_dir / "checkpoint.pt"
-        if newest != args.resume and os.path.exists(newest):
+        if newest != path and os.path.exists(newest):
             parser.error(f"{newest} is there: --resume it, or choose another --out-dir")
     return args, checkpoint
 

@@ -89,6 +89,7 @@ def flags(tmp_path_factory):
     write_pairs(folder / "pairs" / "val", 2, 1)
     digits = ["--dataset", "mnist", "--data-dir", str(folder), "--batch-size", "64"]
     pairs = ["--dataset", "folder", "--data-dir", str(folder / "pairs"), "--lr", "0.001"]
+    pairs += ["--save-every", "1"]
     return {name: [*(pairs if name == "pix2pix" else digits), *SMALL[name]] for name in SMALL}
 
 

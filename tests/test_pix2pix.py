@@ -354,7 +354,7 @@ def outputs(finished, folder, out, *flags):
     return files
 
 
-def test_images_are_translated_under_their_names(finished, tmp_path, capsys):
+def test_images_are_translated_under_their_names_and_at_their_size(finished, tmp_path, capsys):
     folder = tmp_path / "in"
     (folder / "deep" / "er").mkdir(parents=True)
     gray = Image.linear_gradient("L").resize((50, 40))
@@ -368,6 +368,8 @@ def test_images_are_translated_under_their_names(finished, tmp_path, capsys):
     alike = ["a.png", "b.gif.png", "c.ppm.png", "deep/a.png", "deep/er/d.bmp", "e.tiff"]
     names = sorted([*alike, "a.jpg", "f.JPEG", "g.webp"])
     assert sorted(images) == names
+    for name in names:
+        assert images[name].shape == (40, 50, 3)
     for name in alike:
         assert np.array_equal(images[name], images["a.png"])
     (line,) = capsys.readouterr().err.splitlines()
@@ -377,6 +379,8 @@ def test_images_are_translated_under_their_names(finished, tmp_path, capsys):
     assert Image.open(tmp_path / "out" / "generated.png").size == (4 * 34 + 2, 5 * 34 + 2)
     few = outputs(finished, folder, tmp_path / "few", "--num-samples", 3)
     assert sorted(few) == names[:3]
+    (one,) = outputs(finished, folder / "deep" / "er" / "d.bmp", tmp_path / "one").items()
+    assert one[0] == "d.bmp" and np.array_equal(one[1], images["a.png"])
 
 
 def test_a_sample_depends_on_its_source_and_the_seed_alone(finished, tmp_path):

@@ -13,9 +13,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import gan
+import numpy as np
+import pix2pix
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, SMALL, STEADY, Command, load, result, run, same
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 # The columns of metrics.csv, beside the epoch and the speed.
 COLUMNS = {
@@ -74,6 +79,13 @@ def test_metrics_and_log_have_a_line_an_epoch(name, script, flags, tmp_path, cap
     first, *lines, last = printed.splitlines()
     data = "3 pairs of folder" if name == "pix2pix" else "255 images of mnist"
     assert first == f"{data}, on cpu, to {out}" and err == ""
+
+    # Then the parameters of each network: what it holds but BatchNorm's averages.
+    for network in [key for key in ("model", "generator", "discriminator") if key in load(out)]:
+        state = load(out)[network]
+        count = sum(state[key].numel() for key in state if not re.search("running|tracked", key))
+        title = "" if network == "model" else f"{network.title()}: "
+        assert lines.pop(0) == f"{title}{count:,} parameters"
     assert last == f"2 epochs done, more by --resume {out}/checkpoint.pt"
 
     rows = list(csv.DictReader(open(out / "metrics.csv")))
@@ -92,7 +104,23 @@ def test_metrics_and_log_have_a_line_an_epoch(name, script, flags, tmp_path, cap
     assert float(rows[0]["images_per_second"]) * float(rows[0]["seconds"]) == pytest.approx(images)
     assert float(rows[1]["seconds"]) > float(rows[0]["seconds"])
     grids = sorted(path.name for path in (out / "samples").iterdir())
-    assert grids == ["epoch_0001.png", "epoch_0002.png"]
+    assert grids == ["epoch_0001.png", "epoch_0002.png", "real.png"]
+    assert load(out)["torch"] == torch.__version__
+
+
+def test_real_images_are_shown(name, finished):
+    """In a grid of eight columns: digits of the training set, or source and target of its pairs."""
+    picture = np.asarray(Image.open(finished / "samples" / "real.png"))
+    side = 36 if name == "pix2pix" else 28  # with room for the jitter
+    first, second = (picture[2 : 2 + side, x : x + side] for x in (2, side + 4))
+    if name == "pix2pix":
+        photo, labels = pix2pix.synthetic_facades(3, 40, 0)[0]
+        wanted = [pix2pix.to_square(to_pil_image(image), side) for image in (photo, labels)]
+        found = [torch.tensor(image).permute(2, 0, 1) for image in (first, second)]
+        assert all(map(torch.equal, found, wanted))
+    else:
+        digits = gan.synthetic_digits(255, 0).tolist()
+        assert first[..., 0].tolist() in digits and second[..., 0].tolist() in digits
 
 
 # A terminal is told not to wrap the line, to clear what stood there, and to go back to its beginning.
@@ -112,7 +140,7 @@ def test_progress_is_of_the_epoch_so_far(terminal, shown, script, monkeypatch, c
 def test_progress_comes_between_steps(name, script, flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "PAUSE", -1)  # seconds between lines
     assert run(script, "--epochs", 1, "--out-dir", tmp_path / "run", *flags[name]) == 0
-    lines = capsys.readouterr().out.splitlines()[1:-1]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
     assert re.findall(r"\((\d+)%", " ".join(lines)) == ["33", "67", "100", "100"]
     losses = [re.search(rf"{COLUMNS[name][-1]} (\S+)", line)[1] for line in lines]
     assert len(set(losses)) == 3 and losses[2] == losses[3]  # the mean of all steps
@@ -208,7 +236,7 @@ def test_resume_keeps_what_was_not_said_and_takes_what_was(name, script, copied)
     assert run(script, "--resume", checkpoint, "--epochs", 3) == 0
     assert load(out)["args"] == {**kept, "epochs": 3}
 
-    assert run(script, "--resume", checkpoint, "--epochs", 4, "--seed", 5, "--bf16") == 0
+    assert run(script, "--resume", out, "--epochs", 4, "--seed", 5, "--bf16") == 0  # its folder
     assert load(out)["args"] == {**kept, "epochs": 4, "seed": 5, "bf16": True}
 
 
@@ -225,18 +253,19 @@ def test_a_new_rate_arrives_in_the_optimizers(name, script, copied):
     assert [optimizer["param_groups"][0]["lr"] for optimizer in optimizers] == [0.5, 0.5]
 
 
-def test_a_kept_checkpoint_is_resumed_in_another_folder(script, copied, tmp_path, capsys):
-    out, checkpoint = copied
-    shutil.copy(checkpoint, out / "kept.pt")
+def test_a_kept_checkpoint_is_resumed_in_another_folder(name, script, flags, tmp_path, capsys):
+    out, fork = tmp_path / "run", tmp_path / "fork"
+    words = ["--epochs", 5, *flags[name], "--save-every", 3, "--keep-every", 2]
+    assert run(script, *words, "--out-dir", out) == 0
+    kept = sorted(path.name for path in out.glob("*.pt"))
+    assert kept == ["checkpoint.pt", "checkpoint_0002.pt", "checkpoint_0004.pt"]
+
     before = result(out)
-    assert (
-        run(script, "--resume", out / "kept.pt", "--epochs", 3) == 2
-    )  # it would overwrite the run
-    assert f"{checkpoint} is there" in capsys.readouterr().err
-    assert (
-        run(script, "--resume", out / "kept.pt", "--epochs", 3, "--out-dir", tmp_path / "fork") == 0
-    )
-    assert len(load(tmp_path / "fork")["metrics"]) == 3 and same(result(out), before)
+    assert run(script, "--resume", out / kept[1]) == 2  # it would overwrite the run
+    assert f"{out}/checkpoint.pt is there" in capsys.readouterr().err
+    assert same(result(out), before)
+    assert run(script, "--resume", out / kept[1], "--out-dir", fork) == 0
+    assert same(result(fork)["checkpoint"], before["checkpoint"])
 
 
 @pytest.mark.parametrize("flag", ["--width", "--dataset"])
@@ -298,13 +327,15 @@ def die_in_the_second_save(script):
     script.main()
 
 
-def test_killed_with_half_a_checkpoint_on_the_disk(name, flags, finished, tmp_path):
-    out = tmp_path / "run"
-    words = ["--epochs", 2, "--out-dir", out, *flags[name]]
-    running = Command(name, *words, cwd=tmp_path, body=die_in_the_second_save)
-    assert running.wait()[0] == -signal.SIGKILL and len(load(out)["metrics"]) == 1
+def test_killed_with_half_a_checkpoint_on_the_disk(name, script, flags, tmp_path):
+    """Which is the second of a checkpoint every two epochs, and the last of three."""
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    words = ["--epochs", 3, *flags[name], "--save-every", 2, "--out-dir"]
+    running = Command(name, *words, out, cwd=tmp_path, body=die_in_the_second_save)
+    assert running.wait()[0] == -signal.SIGKILL and len(load(out)["metrics"]) == 2
     assert Command(name, "--resume", out / "checkpoint.pt", cwd=tmp_path).wait() == (0, "")
-    assert same(result(out), result(finished))
+    assert run(script, *words, whole) == 0
+    assert same(result(out), result(whole))
 
 
 def test_ctrl_c_says_how_to_go_on(name, flags, tmp_path):
@@ -355,7 +386,7 @@ def test_bad_checkpoints_are_refused_in_one_line(script, finished, tmp_path, mon
     Path("link.pt").symlink_to("link.pt")
 
     names = sorted(os.listdir())
-    for bad in [*names, "missing.pt", "."]:
+    for bad in [*names, "missing.pt"]:
         for flag in ("--resume", "--sample"):
             assert run(script, flag, bad) == 1
             out, err = capsys.readouterr()

@@ -304,7 +304,7 @@ def test_autoencoder_has_no_samples_and_no_manifold(data_dir, tmp_path):
     words = ["--epochs", 1, "--autoencoder", "--latent-dim", 2]
     out = train(data_dir, tmp_path / "run", *words)
     names = ["checkpoint.pt", "metrics.csv", "reconstructions", "samples"]
-    assert sorted(os.listdir(out)) == names and not os.listdir(out / "samples")
+    assert sorted(os.listdir(out)) == names and os.listdir(out / "samples") == ["real.png"]
 
 
 # pictures, with a network as the reader's next one may be: an image could depend on its neighbours
