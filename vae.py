@@ -11,8 +11,8 @@ deterministic twin, the autoencoder.
     python vae.py --eval runs/vae/checkpoint.pt --importance-samples 5000
 
 Writes to runs/vae: checkpoint.pt, metrics.csv, samples/real.png of the training set, and every epoch samples/ (from the
-same noise) and reconstructions/ (held-out images above their reconstructions). The metrics are the negative ELBO and its terms, nats an image, whatever
---beta is; the KL of an autoencoder is 0.
+same noise) and reconstructions/ (held-out images above their reconstructions). The metrics are the negative ELBO and its
+terms, nats an image, whatever --beta is; the KL of an autoencoder is 0.
 
 Differences from the paper:
 1. The learning rate makes one cycle (Smith & Topin 2018, arXiv:1708.07120), up to 5e-3 and down to 0; --constant-lr is
