@@ -53,8 +53,7 @@ from common import save_grid, select_device
 NAME = Path(__file__).stem  # names the run's folder and its checkpoints
 RANK = int(os.environ.get("RANK", 0))  # which of torchrun's processes this is
 RANKS = int(os.environ.get("WORLD_SIZE", 1))  # and of how many
-# The first two are 28x28, of one channel.
-DIGITS = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}
+DIGITS = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}  # gray, 28x28
 DATASETS = {**DIGITS, "cifar10": datasets.CIFAR10}
 
 
@@ -92,6 +91,7 @@ class Discriminator(nn.Sequential):
 
     def __init__(self, image_size, channels, width):
         base, widths = base_and_channels(image_size, width)
+        # No BatchNorm here, nor on G's output: section 3.
         layers = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
         for before, after in itertools.pairwise(widths):
             # (B, before, h, h) to (B, after, h/2, h/2)
@@ -174,9 +174,11 @@ def train(args, checkpoint):
         print(f"{type(network).__name__}: {count:,} parameters", flush=True)
 
     for epoch in range(len(rows) + 1, args.epochs + 1):
-        # A seed for each epoch and process: a resumed run draws what an uninterrupted one draws.
+        # A seed for each epoch and process, the same in every run: a resumed one draws what an
+        # uninterrupted one draws.
         torch.manual_seed(hash((args.seed, epoch, RANK)))
-        sums = Counter()  # of the metrics of all steps
+        # The steps' metrics are added up on the device, as reading one waits for it.
+        sums = Counter()
         began = shown = time.perf_counter()
         for step, x in zip(range(1, steps + 1), batches(images, args.batch_size, device)):
             # D: descend -log D(x) - log(1 - D(G(z))). The step is not G's: fake is detached. Real and
@@ -288,7 +290,7 @@ def load_images(args):
             DATASETS[args.dataset](args.data_dir, download=True)
         except DOWNLOAD_ERRORS as error:
             site = getattr(DATASETS[args.dataset], "url", "")  # the digits' are in the error
-            reason = f"no whole {args.dataset} in {args.data_dir}, no download {site} ({error!r})"
+            reason = f"no {args.dataset} in {args.data_dir}, no download {site} ({error!r})"
             # A named set is never replaced, and several processes must not find different ones.
             if named or RANKS > 1:
                 fail(f"{reason}: put it there, or choose another --data-dir")
@@ -320,6 +322,7 @@ def decode(read, paths, shape):
     folder = tempfile.gettempdir()
     if size > shutil.disk_usage(folder).free:  # asked, as a full disk would kill the process
         fail(f"{folder} has no room for {size:,} bytes of images: set TMPDIR")
+    # One image more, as an empty file cannot be mapped.
     images = np.memmap(tempfile.TemporaryFile(), np.uint8, "w+", shape=(len(paths) + 1, *shape))
     count = 0
     with ThreadPool() as pool:
@@ -368,11 +371,11 @@ def synthetic_digits(count, seed):
         ImageDraw.Draw(image).text((14, 14), str(digit), 255, font, anchor="mm")
         glyphs[digit] = pil_to_tensor(image)
     random = torch.Generator().manual_seed(seed)
-    digits = glyphs[torch.randint(10, (count,), generator=random)]
+    labels = torch.randint(10, (count,), generator=random)
     # The identity, each entry off by up to a quarter.
     maps = torch.eye(2, 3) + torch.empty(count, 2, 3).uniform_(-0.25, 0.25, generator=random)
     grid = F.affine_grid(maps, [count, 1, 28, 28], align_corners=False)
-    return F.grid_sample(digits, grid, align_corners=False).byte().squeeze(1)
+    return F.grid_sample(glyphs[labels], grid, align_corners=False).byte().squeeze(1)
 
 
 def batches(images, batch_size, device):
@@ -410,7 +413,7 @@ def show(row, args, part=1):
     """Prints a row of that part of its epoch, and the time that the run still takes at its rate."""
     numbers = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
     left = row["seconds"] * (args.epochs / (row["epoch"] - 1 + part) - 1) / 60
-    line = f"{numbers}  ({part:.0%}, {left:.1f} min left)"
+    line = f"{left:.1f} min left, {part:.0%} of {numbers}"
     if TERMINAL and part < 1:  # cut off at the edge, over what stands there
         print(f"\033[?7l{line}\033[K\033[?7h", end="\r", flush=True)
     else:
@@ -480,9 +483,10 @@ def fail(reason):
     sys.exit(f"{NAME}.py: error: {reason}")
 
 
-# Flags of one command, which a checkpoint does not keep, and those that it fixes.
+# Flags of one command, which a checkpoint does not keep, those that it fixes, and those of which 0 is a value.
 ONE_COMMAND = ("cuda", "out_dir", "resume", "sample", "num_samples", "interpolate")
 FIXED = ("dataset", "image_size", "channels", "latent_dim", "width")
+MAY_BE_ZERO = ("seed",)
 
 
 def parse_args(argv=None):
@@ -550,9 +554,10 @@ def parse_args(argv=None):
         sizes = "28, 32, 40, 48, 56, 64, 80, 96, 112, 128, ..."
         parser.error(f"--image-size {args.image_size}: 4 to 7 times a power of two ({sizes})")
     for name, value in vars(args).items():
-        low = -1 if name == "seed" else 0
-        if type(value) in (int, float) and not low < value < 2**31:
-            parser.error(f"--{name.replace('_', '-')} {value} is not between {low} and 2**31")
+        if type(value) not in (int, float) or (value == 0 and name in MAY_BE_ZERO):
+            continue
+        if not 0 < value < 2**31:
+            parser.error(f"--{name.replace('_', '-')} {value} is not above 0 and below 2**31")
     if args.sample and (args.resume or RANKS > 1):
         parser.error("--sample goes without --resume, and without torchrun")
     if args.interpolate and not args.sample:

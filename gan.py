@@ -145,10 +145,12 @@ def train(args, checkpoint):
         print(f"{type(network).__name__}: {count:,} parameters", flush=True)
 
     for epoch in range(len(rows) + 1, args.epochs + 1):
-        # A seed for each epoch and process: a resumed run draws what an uninterrupted one draws.
+        # A seed for each epoch and process, the same in every run: a resumed one draws what an
+        # uninterrupted one draws.
         torch.manual_seed(hash((args.seed, epoch, RANK)))
         data = batches(images, args.batch_size)
-        sums = Counter()  # of the metrics of all steps
+        # The steps' metrics are added up on the device, as reading one waits for it.
+        sums = Counter()
         began = shown = time.perf_counter()
         for step in range(1, steps + 1):
             # Algorithm 1. k steps of D: descend -log D(x) - log(1 - D(G(z))), each on its own data
@@ -286,11 +288,11 @@ def synthetic_digits(count, seed):
         ImageDraw.Draw(image).text((14, 14), str(digit), 255, font, anchor="mm")
         glyphs[digit] = pil_to_tensor(image)
     random = torch.Generator().manual_seed(seed)
-    digits = glyphs[torch.randint(10, (count,), generator=random)]
+    labels = torch.randint(10, (count,), generator=random)
     # The identity, each entry off by up to a quarter.
     maps = torch.eye(2, 3) + torch.empty(count, 2, 3).uniform_(-0.25, 0.25, generator=random)
     grid = F.affine_grid(maps, [count, 1, 28, 28], align_corners=False)
-    return F.grid_sample(digits, grid, align_corners=False).byte().squeeze(1)
+    return F.grid_sample(glyphs[labels], grid, align_corners=False).byte().squeeze(1)
 
 
 def batches(images, batch_size):
@@ -327,7 +329,7 @@ def show(row, args, part=1):
     """Prints a row of that part of its epoch, and the time that the run still takes at its rate."""
     numbers = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
     left = row["seconds"] * (args.epochs / (row["epoch"] - 1 + part) - 1) / 60
-    line = f"{numbers}  ({part:.0%}, {left:.1f} min left)"
+    line = f"{left:.1f} min left, {part:.0%} of {numbers}"
     if TERMINAL and part < 1:  # cut off at the edge, over what stands there
         print(f"\033[?7l{line}\033[K\033[?7h", end="\r", flush=True)
     else:
@@ -397,9 +399,10 @@ def fail(reason):
     sys.exit(f"{NAME}.py: error: {reason}")
 
 
-# Flags of one command, which a checkpoint does not keep, and those that it fixes.
+# Flags of one command, which a checkpoint does not keep, those that it fixes, and those of which 0 is a value.
 ONE_COMMAND = ("cuda", "out_dir", "resume", "sample", "num_samples", "interpolate")
 FIXED = ("dataset", "latent_dim", "width")
+MAY_BE_ZERO = ("seed",)
 
 
 def parse_args(argv=None):
@@ -454,9 +457,10 @@ def parse_args(argv=None):
                 parser.error(f"--{name.replace('_', '-')} is fixed by {path}: leave it out")
 
     for name, value in vars(args).items():
-        low = -1 if name == "seed" else 0
-        if type(value) in (int, float) and not low < value < 2**31:
-            parser.error(f"--{name.replace('_', '-')} {value} is not between {low} and 2**31")
+        if type(value) not in (int, float) or (value == 0 and name in MAY_BE_ZERO):
+            continue
+        if not 0 < value < 2**31:
+            parser.error(f"--{name.replace('_', '-')} {value} is not above 0 and below 2**31")
     if args.batch_size == 1:
         parser.error("--batch-size: BatchNorm takes 2 images or more")
     if args.sample and (args.resume or RANKS > 1):

@@ -202,12 +202,14 @@ def train(args, checkpoint):
         print(f"{type(network).__name__}: {count:,} parameters", flush=True)
 
     for epoch in range(len(rows) + 1, args.epochs + 1):
-        # A seed for each epoch and process: a resumed run draws what an uninterrupted one draws.
+        # A seed for each epoch and process, the same in every run: a resumed one draws what an
+        # uninterrupted one draws.
         torch.manual_seed(hash((args.seed, epoch, RANK)))
         # Constant but for the last --decay-epochs, over which it falls to 0.
         lr = args.lr * min(1, (args.epochs - epoch + 1) / (args.decay_epochs + 1))
         optimizer_g.param_groups[0]["lr"] = optimizer_d.param_groups[0]["lr"] = lr
-        sums = Counter()  # of the metrics of all steps
+        # The steps' metrics are added up on the device, as reading one waits for it.
+        sums = Counter()
         began = shown = time.perf_counter()
         for step, (source, target) in zip(range(1, steps + 1), batches(pairs, args, device)):
             # D: descend the halved -log D(x, y) - log(1 - D(x, G(x))). Not G's step: fake is detached.
@@ -415,6 +417,7 @@ def decode(read, paths, shape):
     folder = tempfile.gettempdir()
     if size > shutil.disk_usage(folder).free:  # asked, as a full disk would kill the process
         fail(f"{folder} has no room for {size:,} bytes of images: set TMPDIR")
+    # One image more, as an empty file cannot be mapped.
     images = np.memmap(tempfile.TemporaryFile(), np.uint8, "w+", shape=(len(paths) + 1, *shape))
     count = 0
     with ThreadPool() as pool:
@@ -544,7 +547,7 @@ def show(row, args, part=1):
     """Prints a row of that part of its epoch, and the time that the run still takes at its rate."""
     numbers = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
     left = row["seconds"] * (args.epochs / (row["epoch"] - 1 + part) - 1) / 60
-    line = f"{numbers}  ({part:.0%}, {left:.1f} min left)"
+    line = f"{left:.1f} min left, {part:.0%} of {numbers}"
     if TERMINAL and part < 1:  # cut off at the edge, over what stands there
         print(f"\033[?7l{line}\033[K\033[?7h", end="\r", flush=True)
     else:
@@ -614,9 +617,10 @@ def fail(reason):
     sys.exit(f"{NAME}.py: error: {reason}")
 
 
-# Flags of one command, which a checkpoint does not keep, and those that it fixes.
+# Flags of one command, which a checkpoint does not keep, those that it fixes, and those of which 0 is a value.
 ONE_COMMAND = ("cuda", "out_dir", "resume", "sample", "num_samples", "input", "deterministic")
 FIXED = ("dataset", "direction", "image_size", "width")
+MAY_BE_ZERO = ("seed", "decay_epochs", "l1_weight", "gan_weight")
 
 
 def parse_args(argv=None):
@@ -683,9 +687,10 @@ def parse_args(argv=None):
     if not 0 <= args.decay_epochs <= args.epochs:
         parser.error("--decay-epochs are part of --epochs, so at most as many")
     for name, value in vars(args).items():
-        low = -1 if name in ("seed", "decay_epochs", "l1_weight", "gan_weight") else 0
-        if type(value) in (int, float) and not low < value < 2**31:
-            parser.error(f"--{name.replace('_', '-')} {value} is not between {low} and 2**31")
+        if type(value) not in (int, float) or (value == 0 and name in MAY_BE_ZERO):
+            continue
+        if not 0 < value < 2**31:
+            parser.error(f"--{name.replace('_', '-')} {value} is not above 0 and below 2**31")
     if args.sample and (args.resume or RANKS > 1):
         parser.error("--sample goes without --resume, and without torchrun")
     if (args.input or args.deterministic) and not args.sample:

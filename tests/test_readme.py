@@ -97,6 +97,19 @@ def test_command_runs_as_typed(command, done):
     assert [line for line in done[command].stderr.splitlines() if "--cuda" not in line] == []
 
 
+# matplotlib is installed by its recipe alone.
+RECIPES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+RECIPES = [recipe for recipe in RECIPES if "matplotlib" not in recipe]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_runs_as_it_stands(recipe, done, checkout):
+    """On what the commands have written."""
+    before = {*checkout.rglob("*")}
+    subprocess.run([sys.executable, "-c", recipe], cwd=checkout, check=True)
+    assert any(path.is_file() for path in {*checkout.rglob("*")} - before)
+
+
 def test_pictures_are_there_and_small():
     pictures = re.findall(r'[("](\.github/[^)"]+)[)"]', README)
     assert {ROOT / picture for picture in pictures} == {*(ROOT / ".github").iterdir()}
