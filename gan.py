@@ -184,7 +184,7 @@ def train(args, checkpoint):
             with torch.no_grad():
                 d_real, d_fake = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
                 sums.update(loss_d=loss_d, loss_g=loss_g, d_real=d_real, d_fake=d_fake)
-            if time.perf_counter() - shown > PAUSE:
+            if step < steps and time.perf_counter() - shown > PAUSE:
                 show(summary(sums, step, batch, began, rows), args, step / steps)
                 shown = time.perf_counter()
 
@@ -200,7 +200,7 @@ def train(args, checkpoint):
             save(parts, rows, args)
             show(row, args)
 
-    print(f"{args.epochs} epochs done, more by --resume {args.out_dir}/checkpoint.pt")
+    print(f"{len(rows)} epochs done, more by --resume {args.out_dir} --epochs N")
     if RANKS > 1:
         dist.destroy_process_group()
 
@@ -250,7 +250,8 @@ def walks(count, latent_dim):
     return (t.cos() * a + t.sin() * b).flatten(0, 1)
 
 
-DOWNLOAD_ERRORS = (OSError, RuntimeError, ValueError, AssertionError, EOFError, HTTPException)
+DOWNLOAD_ERRORS = (OSError, RuntimeError, LookupError, ValueError, AssertionError, EOFError)
+DOWNLOAD_ERRORS += (HTTPException,)
 
 
 def load_images(args):
@@ -333,12 +334,12 @@ def show(row, args, part=1):
     if TERMINAL and part < 1:  # cut off at the edge, over what stands there
         print(f"\033[?7l{line}\033[K\033[?7h", end="\r", flush=True)
     else:
-        print(line, flush=True)
+        print("\033[K" * TERMINAL + line, flush=True)
 
 
 def save(parts, rows, args):
-    """Writes metrics.csv, and in every --save-every-th epoch and the last checkpoint.pt, which it replaces in one step:
-    after a kill or on a full disk it is the old one or the new one."""
+    """Writes metrics.csv, and every --save-every or --keep-every epochs and after the last checkpoint.pt, which it
+    replaces in one step: after a kill or on a full disk it is the old one or the new one."""
     with open(args.out_dir / "metrics.csv", "w") as file:
         writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
         writer.writeheader()
@@ -482,8 +483,9 @@ def main():
         run = sample if args.sample else train
         run(args, checkpoint)
     except KeyboardInterrupt:
-        newest = Path(args.out_dir or "", "checkpoint.pt")
-        more = f": python {NAME}.py --resume {newest} goes on" if newest.exists() else ""
+        more = ""
+        if args.out_dir and not args.sample and Path(args.out_dir, "checkpoint.pt").exists():
+            more = f": python {NAME}.py --resume {args.out_dir}/checkpoint.pt goes on"
         print(f"\nstopped{more}", file=sys.stderr)
         sys.exit(130)
 

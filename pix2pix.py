@@ -34,6 +34,7 @@ import json
 import math
 import os
 import shutil
+import struct
 import sys
 import tarfile
 import tempfile
@@ -236,7 +237,7 @@ def train(args, checkpoint):
 
             with torch.no_grad():
                 sums.update(loss_d=loss_d, loss_g_gan=loss_gan, loss_g_l1=loss_l1)
-            if time.perf_counter() - shown > PAUSE:
+            if step < steps and time.perf_counter() - shown > PAUSE:
                 show(summary(sums, step, batch, began, rows), args, step / steps)
                 shown = time.perf_counter()
 
@@ -254,7 +255,7 @@ def train(args, checkpoint):
             save(parts, rows, args)
             show(rows[-1], args)
 
-    print(f"{args.epochs} epochs done, more by --resume {args.out_dir}/checkpoint.pt")
+    print(f"{len(rows)} epochs done, more by --resume {args.out_dir} --epochs N")
     if RANKS > 1:
         dist.destroy_process_group()
 
@@ -299,6 +300,8 @@ def sample(args, checkpoint):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             output = translate(generator, source.to(device), args.seed).cpu()
         folder = folder or first_free(args.out_dir / "generated")
+        while (folder / name).exists():  # a.gif.png, beside a.gif
+            name += ".png"
         make_folder((folder / name).parent)
         image = to_pil_image(output[0].add(1).mul(127.5).round().byte())
         image.resize(size, Image.Resampling.BICUBIC).save(folder / name, quality=95)
@@ -452,6 +455,7 @@ def read_pair(paths, size):
 
 
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
+PILLOW_ERRORS += (struct.error,)  # of a damaged EXIF part
 
 
 def read_image(path):
@@ -460,7 +464,7 @@ def read_image(path):
         image = ImageOps.exif_transpose(Image.open(path))
     except PILLOW_ERRORS as error:
         raise BadImage(f"{path}: {error}") from error
-    if image.mode.startswith("I;16"):  # 16 bits, which convert() would clip
+    if image.mode.startswith("I"):  # 16 bits, which convert() would clip
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
@@ -551,12 +555,12 @@ def show(row, args, part=1):
     if TERMINAL and part < 1:  # cut off at the edge, over what stands there
         print(f"\033[?7l{line}\033[K\033[?7h", end="\r", flush=True)
     else:
-        print(line, flush=True)
+        print("\033[K" * TERMINAL + line, flush=True)
 
 
 def save(parts, rows, args):
-    """Writes metrics.csv, and in every --save-every-th epoch and the last checkpoint.pt, which it replaces in one step:
-    after a kill or on a full disk it is the old one or the new one."""
+    """Writes metrics.csv, and every --save-every or --keep-every epochs and after the last checkpoint.pt, which it
+    replaces in one step: after a kill or on a full disk it is the old one or the new one."""
     with open(args.out_dir / "metrics.csv", "w") as file:
         writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
         writer.writeheader()
@@ -710,8 +714,9 @@ def main():
         run = sample if args.sample else train
         run(args, checkpoint)
     except KeyboardInterrupt:
-        newest = Path(args.out_dir or "", "checkpoint.pt")
-        more = f": python {NAME}.py --resume {newest} goes on" if newest.exists() else ""
+        more = ""
+        if args.out_dir and not args.sample and Path(args.out_dir, "checkpoint.pt").exists():
+            more = f": python {NAME}.py --resume {args.out_dir}/checkpoint.pt goes on"
         print(f"\nstopped{more}", file=sys.stderr)
         sys.exit(130)
 

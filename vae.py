@@ -11,8 +11,8 @@ deterministic twin, the autoencoder.
     python vae.py --eval runs/vae/checkpoint.pt --importance-samples 5000
 
 Writes to runs/vae: checkpoint.pt, metrics.csv, samples/real.png of the training set, and every epoch samples/ (from the
-same noise) and reconstructions/ (held-out images above their reconstructions). The metrics are the negative ELBO and its
-terms, nats an image, whatever --beta is; the KL of an autoencoder is 0.
+same noise, but not of an autoencoder) and reconstructions/ (held-out images above their reconstructions). The metrics are
+the negative ELBO and its terms, nats an image, whatever --beta is; the KL of an autoencoder is 0.
 
 Differences from the paper:
 1. The learning rate makes one cycle (Smith & Topin 2018, arXiv:1708.07120), up to 5e-3 and down to 0; --constant-lr is
@@ -166,7 +166,7 @@ def train(args, checkpoint):
 
             with torch.no_grad():
                 sums.update(train_loss=reconstruction + kl)
-            if time.perf_counter() - shown > PAUSE:
+            if step < steps and time.perf_counter() - shown > PAUSE:
                 show(summary(sums, step, batch, began, rows), args, step / steps)
                 shown = time.perf_counter()
 
@@ -191,7 +191,7 @@ def train(args, checkpoint):
             show(rows[-1], args)
             model.train()
 
-    print(f"{args.epochs} epochs done, more by --resume {args.out_dir}/checkpoint.pt")
+    print(f"{len(rows)} epochs done, more by --resume {args.out_dir} --epochs N")
     if RANKS > 1:
         dist.destroy_process_group()
     if args.latent_dim == 2 and not args.autoencoder and RANK == 0:
@@ -295,7 +295,8 @@ def restore(args, checkpoint):
     return model.eval()
 
 
-DOWNLOAD_ERRORS = (OSError, RuntimeError, ValueError, AssertionError, EOFError, HTTPException)
+DOWNLOAD_ERRORS = (OSError, RuntimeError, LookupError, ValueError, AssertionError, EOFError)
+DOWNLOAD_ERRORS += (HTTPException,)
 
 
 def load_images(args):
@@ -380,12 +381,12 @@ def show(row, args, part=1):
     if TERMINAL and part < 1:  # cut off at the edge, over what stands there
         print(f"\033[?7l{line}\033[K\033[?7h", end="\r", flush=True)
     else:
-        print(line, flush=True)
+        print("\033[K" * TERMINAL + line, flush=True)
 
 
 def save(parts, rows, args):
-    """Writes metrics.csv, and in every --save-every-th epoch and the last checkpoint.pt, which it replaces in one step:
-    after a kill or on a full disk it is the old one or the new one."""
+    """Writes metrics.csv, and every --save-every or --keep-every epochs and after the last checkpoint.pt, which it
+    replaces in one step: after a kill or on a full disk it is the old one or the new one."""
     with open(args.out_dir / "metrics.csv", "w") as file:
         writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
         writer.writeheader()
@@ -534,8 +535,13 @@ def main():
         run = evaluate_checkpoint if args.eval else sample if args.sample else train
         run(args, checkpoint)
     except KeyboardInterrupt:
-        newest = Path(args.out_dir or "", "checkpoint.pt")
-        more = f": python {NAME}.py --resume {newest} goes on" if newest.exists() else ""
+        more = ""
+        if (
+            args.out_dir
+            and not (args.sample or args.eval)
+            and Path(args.out_dir, "checkpoint.pt").exists()
+        ):
+            more = f": python {NAME}.py --resume {args.out_dir}/checkpoint.pt goes on"
         print(f"\nstopped{more}", file=sys.stderr)
         sys.exit(130)
 

@@ -86,7 +86,7 @@ def test_metrics_and_log_have_a_line_an_epoch(name, script, flags, tmp_path, cap
         count = sum(state[key].numel() for key in state if not re.search("running|tracked", key))
         title = "" if network == "model" else f"{network.title()}: "
         assert lines.pop(0) == f"{title}{count:,} parameters"
-    assert last == f"2 epochs done, more by --resume {out}/checkpoint.pt"
+    assert last == f"2 epochs done, more by --resume {out} --epochs N"
 
     rows = list(csv.DictReader(open(out / "metrics.csv")))
     assert list(rows[0]) == ["epoch", *COLUMNS[name], "images_per_second", "seconds"]
@@ -141,9 +141,9 @@ def test_progress_comes_between_steps(name, script, flags, tmp_path, monkeypatch
     monkeypatch.setattr(script, "PAUSE", -1)  # seconds between lines
     assert run(script, "--epochs", 1, "--out-dir", tmp_path / "run", *flags[name]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if " min left, " in line]
-    assert re.findall(r"(\d+)% of", " ".join(lines)) == ["33", "67", "100", "100"]
+    assert re.findall(r"(\d+)% of", " ".join(lines)) == ["33", "67", "100"]
     losses = [re.search(rf"{COLUMNS[name][-1]} (\S+)", line)[1] for line in lines]
-    assert len(set(losses)) == 3 and losses[2] == losses[3]  # the mean of all steps
+    assert len(set(losses)) == 3
 
 
 def test_bfloat16_is_near_float32(name, script, flags, finished, tmp_path):
