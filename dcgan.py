@@ -291,8 +291,11 @@ def load_images(args):
         try:
             DATASETS[args.dataset](args.data_dir, download=True)
         except DOWNLOAD_ERRORS as error:
-            site = getattr(DATASETS[args.dataset], "url", "")  # the digits' are in the error
-            reason = f"no {args.dataset} in {args.data_dir}, no download {site} ({error!r})"
+            source = DATASETS[args.dataset]
+            site = source.mirrors if args.dataset in DIGITS else source.url
+            reason = (
+                f"no {args.dataset} in {args.data_dir}, nor to be had at {site} ({error!r})"
+            )
             # A named set is never replaced, and several processes must not find different ones.
             if named or RANKS > 1:
                 fail(f"{reason}: put it there, or choose another --data-dir")

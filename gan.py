@@ -265,7 +265,10 @@ def load_images(args):
         try:
             DATASETS[args.dataset](args.data_dir, download=True)
         except DOWNLOAD_ERRORS as error:
-            reason = f"no whole {args.dataset} in {args.data_dir}, and no download ({error!r})"
+            site = DATASETS[args.dataset].mirrors
+            reason = (
+                f"no {args.dataset} in {args.data_dir}, nor to be had at {site} ({error!r})"
+            )
             # A named set is never replaced, and several processes must not find different ones.
             if named or RANKS > 1:
                 fail(f"{reason}: put it there, or choose another --data-dir")

@@ -68,7 +68,8 @@ def pair(name, flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp(name)
     words = ["--out-dir", "run", *flags[name], *STEADY[name]]
     commands = two(name, folder, "--epochs", 2, *words, body=watched)
-    return folder / "0" / "run", commands, [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    seen = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return folder / "0" / "run", commands, seen
 
 
 def test_two_shares_are_disjoint_and_complete(name, pair):
