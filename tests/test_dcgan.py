@@ -4,6 +4,7 @@ import io
 import math
 import re
 import shutil
+import struct
 import tracemalloc
 from functools import partial
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from torch.optim.optimizer import (
 )
 
 import dcgan
+import pix2pix
 
 run = partial(conftest.run, dcgan)
 TINY = ["--width", "2", "--latent-dim", "5", "--batch-size", "64", "--lr", "0.02"]
@@ -496,3 +498,13 @@ def test_a_mistake_in_reading_keeps_its_traceback(kind, album, tmp_path, monkeyp
     with pytest.raises(kind, match="mine"):
         run("--dataset", "folder", "--data-dir", album[0], "--out-dir", tmp_path / "run")
     assert "mine" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("read", [partial(dcgan.read_image, channels=3, size=32), pix2pix.read_image])
+def test_a_damaged_exif_part_is_a_bad_image(read, tmp_path):
+    """Turned by 90 degrees, and as wide as "abc": Pillow fails when it writes that anew."""
+    tags = struct.pack("<HHI4s", 0x0100, 2, 4, b"abc") + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    Image.new("RGB", (40, 30)).save(tmp_path / "bad.jpg", exif=exif)
+    with pytest.raises((dcgan.BadImage, pix2pix.BadImage), match="bad.jpg"):
+        read(tmp_path / "bad.jpg")

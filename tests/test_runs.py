@@ -136,6 +136,10 @@ def test_progress_is_of_the_epoch_so_far(terminal, shown, script, monkeypatch, c
     line = "0.2 min left, 50% of epoch 2  loss 1.5  images_per_second 5  seconds 10"
     assert capsys.readouterr().out == shown.format(line)
 
+    # The line of the whole epoch stays, and nothing of the longer one that stood there.
+    script.show(row, argparse.Namespace(epochs=3))
+    assert capsys.readouterr().out.startswith("\033[K0.1 min left" if terminal else "0.1 min left")
+
 
 def test_progress_comes_between_steps(name, script, flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "PAUSE", -1)  # seconds between lines
