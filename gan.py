@@ -381,14 +381,15 @@ def first_free(path):
     """Makes the first folder of `path`, `path`-2, `path`-3, ... that is not there yet, and returns its path."""
     for n in itertools.count(1):
         free = path if n == 1 else path.with_name(f"{path.name}-{n}")
-        if os.path.lexists(free) or os.path.lexists(free.with_suffix(".png")):
+        if os.path.exists(free.with_suffix(".png")):
             continue
         try:
             free.mkdir(parents=True)
             return free
+        except FileExistsError:  # perhaps made just now, by another run
+            continue
         except OSError as error:
-            if not os.path.lexists(free):  # else another run has made it just now
-                fail(f"cannot make the folder {free}: {error.strerror}")
+            fail(f"cannot make the folder {free}: {error.strerror}")
 
 
 def make_folder(path):
@@ -486,10 +487,9 @@ def main():
         run = sample if args.sample else train
         run(args, checkpoint)
     except KeyboardInterrupt:
-        more = ""
-        if args.out_dir and not args.sample and Path(args.out_dir, "checkpoint.pt").exists():
-            more = f": python {NAME}.py --resume {args.out_dir}/checkpoint.pt goes on"
-        print(f"\nstopped{more}", file=sys.stderr)
+        saved = run is train and args.out_dir and (args.out_dir / "checkpoint.pt").exists()
+        advice = f": python {NAME}.py --resume {args.out_dir} goes on" if saved else ""
+        print(f"\nstopped{advice}", file=sys.stderr)
         sys.exit(130)
 
 

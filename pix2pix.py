@@ -486,13 +486,11 @@ def synthetic_facades(count, size, seed):
         boxes = [
             (0, 0, 256, 256, sky, (0, 0, 222)),
             (20, 20, 216, 236, wall, (0, 48, 255)),
-            (20, 226, 216, 30, wall // 2, (174, 0, 0)),  # shop
             (20 + random.integers(180), 214, 36, 42, door, (0, 207, 255)),
         ]
         for x in range(20 + w // 4, 220, w):
             for y in range(40, 200, h):
                 boxes.append((x, y, w // 2, h // 2, glass // 3, (0, 128, 255)))  # window
-                boxes.append((x, y + h // 2, w // 2, 4, wall + 15, (112, 255, 142)))  # sill
         pair = np.zeros((2, 256, 256, 3))
         for x, y, w, h, *colors in boxes:
             pair[:, y : y + h, x : x + w] = np.reshape(colors, (2, 1, 1, 3))
@@ -599,14 +597,15 @@ def first_free(path):
     """Makes the first folder of `path`, `path`-2, `path`-3, ... that is not there yet, and returns its path."""
     for n in itertools.count(1):
         free = path if n == 1 else path.with_name(f"{path.name}-{n}")
-        if os.path.lexists(free) or os.path.lexists(free.with_suffix(".png")):
+        if os.path.exists(free.with_suffix(".png")):
             continue
         try:
             free.mkdir(parents=True)
             return free
+        except FileExistsError:  # perhaps made just now, by another run
+            continue
         except OSError as error:
-            if not os.path.lexists(free):  # else another run has made it just now
-                fail(f"cannot make the folder {free}: {error.strerror}")
+            fail(f"cannot make the folder {free}: {error.strerror}")
 
 
 def make_folder(path):
@@ -714,10 +713,9 @@ def main():
         run = sample if args.sample else train
         run(args, checkpoint)
     except KeyboardInterrupt:
-        more = ""
-        if args.out_dir and not args.sample and Path(args.out_dir, "checkpoint.pt").exists():
-            more = f": python {NAME}.py --resume {args.out_dir}/checkpoint.pt goes on"
-        print(f"\nstopped{more}", file=sys.stderr)
+        saved = run is train and args.out_dir and (args.out_dir / "checkpoint.pt").exists()
+        advice = f": python {NAME}.py --resume {args.out_dir} goes on" if saved else ""
+        print(f"\nstopped{advice}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -347,7 +347,7 @@ def test_ctrl_c_says_how_to_go_on(name, flags, tmp_path):
     running = Command(name, "--epochs", 100_000, "--out-dir", out, *flags[name], cwd=tmp_path)
     running.wait_for(out / "checkpoint.pt")
     os.kill(running.process.pid, signal.SIGINT)
-    line = f"stopped: python {name}.py --resume {out}/checkpoint.pt goes on"
+    line = f"stopped: python {name}.py --resume {out} goes on"
     assert running.wait(10) == (130, f"\n{line}\n")
 
 
