@@ -570,9 +570,8 @@ def parse_args(argv=None):
     if args.interpolate and not args.sample:
         parser.error("--interpolate needs --sample")
     if args.out_dir and not args.sample:
-        newest = args.out_dir / "checkpoint.pt"
-        if newest != path and os.path.exists(newest):
-            parser.error(f"{newest} is there: --resume it, or choose another --out-dir")
+        if path != args.out_dir / "checkpoint.pt" and any(args.out_dir.glob("checkpoint*.pt")):
+            parser.error(f"{args.out_dir} holds a run: --resume that, or choose another --out-dir")
     return args, checkpoint
 
 

@@ -1,6 +1,7 @@
 """What the tests share: small data, flags of a small run, how it is run and what it leaves."""
 
 import importlib
+import itertools
 import multiprocessing
 import os
 import struct
@@ -137,11 +138,10 @@ class Command:
 
     `body(script)` is what is called there, script.main() unless told otherwise."""
 
-    count = 0
+    numbers = itertools.count()
 
     def __init__(self, name, *argv, cwd, folder=ROOT, environment={}, body=main):
-        Command.count += 1
-        self.output = Path(cwd).parent / f"{Path(cwd).name}.{Command.count}"
+        self.output = Path(cwd).parent / f"{Path(cwd).name}.{next(Command.numbers)}"
         words = [str(word) for word in argv]
         arguments = (str(folder), name, words, str(cwd), environment, str(self.output), body)
         self.process = SERVER.Process(target=execute, args=arguments, daemon=True)

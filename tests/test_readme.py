@@ -1,6 +1,5 @@
 """Every command of the README, as it stands there, in a copy of the project with tiny data."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_mnist, write_pairs
+from conftest import Command, write_mnist, write_pairs
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +19,7 @@ COMMANDS = [
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
 ]
+TORCHRUN = "torch.distributed.run"
 SET_UP = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && "
 
 
@@ -62,39 +62,35 @@ TYPED = list(
 
 @pytest.fixture(scope="module")
 def done(checkout):
-    """Command to what came of it. In the README's order for each script, whose later commands read
-    what earlier ones wrote; two scripts at a time, a core for each."""
+    """Command to its exit status and what came on stderr. In the README's order for each script,
+    whose later commands read what earlier ones wrote; two scripts at a time, a core for each."""
     scripts = {}
     for command in TYPED:
         scripts.setdefault(re.search(r"\w+\.py", command)[0], []).append(command)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def run(commands):
-        results = {}
-        for command in commands:
-            words = command.split()
-            launch = {
-                "python": [sys.executable],
-                "torchrun": [sys.executable, "-m", "torch.distributed.run"],
-            }[words[0]]
-            results[command] = subprocess.run(
-                [*launch, *words[1:]], cwd=checkout, capture_output=True, text=True, env=environment
-            )
-        return results
+        return {command: execute(command) for command in commands}
+
+    def execute(command):
+        launcher, script, *argv = command.split()
+        if launcher == "python" and command != TYPED[0]:
+            return Command(script.removesuffix(".py"), *argv, cwd=checkout, folder=checkout).wait()
+        launch = [sys.executable] if launcher == "python" else [sys.executable, "-m", TORCHRUN]
+        words = [*launch, script, *argv]
+        result = subprocess.run(words, cwd=checkout, capture_output=True, text=True)
+        return result.returncode, result.stderr
 
     with ThreadPoolExecutor(2) as pool:
-        return {
-            command: result
-            for results in pool.map(run, scripts.values())
-            for command, result in results.items()
-        }
+        parts = pool.map(run, scripts.values())
+        return {command: result for part in parts for command, result in part.items()}
 
 
 @pytest.mark.parametrize("command", TYPED)
 def test_command_runs_as_typed(command, done):
     """The set-up itself is tested by .ci/run."""
-    assert done[command].returncode == 0, done[command].stderr
-    assert [line for line in done[command].stderr.splitlines() if "--cuda" not in line] == []
+    status, err = done[command]
+    assert status == 0, err
+    assert [line for line in err.splitlines() if "--cuda" not in line] == []
 
 
 # matplotlib is installed by its recipe alone.
