@@ -330,14 +330,18 @@ def decode(read, paths, shape):
     # One image more, as an empty file cannot be mapped.
     images = np.memmap(tempfile.TemporaryFile(), np.uint8, "w+", shape=(len(paths) + 1, *shape))
     count = 0
-    with ThreadPool() as pool:
-        results = pool.imap(read, paths)
+    pool = ThreadPool()
+    results = pool.imap(read, paths)
+    try:
         for _ in paths:
             try:
                 images[count] = next(results)
                 count += 1
             except BadImage as error:
                 print(f"skipped {error}", file=sys.stderr)
+    finally:  # after Ctrl-C, too: a thread still within torch at the program's end aborts it
+        pool.terminate()
+        pool.join()
     if count == 0:
         fail(f"none of {len(paths):,} files could be used: is --data-dir the right folder?")
     return torch.from_numpy(images[:count])

@@ -5,6 +5,8 @@ import math
 import re
 import shutil
 import struct
+import threading
+import time
 import tracemalloc
 from functools import partial
 from types import SimpleNamespace
@@ -498,6 +500,20 @@ def test_a_mistake_in_reading_keeps_its_traceback(kind, album, tmp_path, monkeyp
     with pytest.raises(kind, match="mine"):
         run("--dataset", "folder", "--data-dir", album[0], "--out-dir", tmp_path / "run")
     assert "mine" not in capsys.readouterr().err
+
+
+def test_no_thread_reads_on_after_an_error():
+    """One that was within torch when the program ended would abort it."""
+
+    def read(path):
+        if path == 0:
+            raise KeyError
+        time.sleep(0.3)
+
+    before = threading.active_count()
+    with pytest.raises(KeyError):
+        dcgan.decode(read, range(8), (1,))
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("read", [partial(dcgan.read_image, channels=3, size=32), pix2pix.read_image])
