@@ -84,7 +84,7 @@ class Generator(nn.Sequential):
             ]
         layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
         super().__init__(*layers, nn.ConvTranspose2d(width, channels, 4, 2, 1), nn.Tanh())
-        self.apply(initialize)
+        initialize(self)
 
 
 class Discriminator(nn.Sequential):
@@ -103,16 +103,17 @@ class Discriminator(nn.Sequential):
             ]
         # (B, c, base, base) to (B,)
         super().__init__(*layers, nn.Conv2d(widths[-1], 1, base), nn.Flatten(0))
-        self.apply(initialize)
+        initialize(self)
 
 
-def initialize(module):
+def initialize(network):
     """Section 4: weights from N(0, 0.02). Those of BatchNorm from N(1, 0.02), as in the authors' code; biases 0."""
-    if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
-        mean = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
-        nn.init.normal_(module.weight, mean, 0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    for name, p in network.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(p)
+        else:
+            mean = 1.0 if p.ndim == 1 else 0.0  # a norm's weights are a vector
+            nn.init.normal_(p, mean, 0.02)
 
 
 def discriminator_loss(real_logits, fake_logits):
@@ -128,7 +129,7 @@ def generator_loss(fake_logits):
 
 
 def train(args, checkpoint):
-    # Under torchrun each process has its share of the images, and all make as many steps.
+    # Under torchrun each process has its share of the images, and all make the same number of steps.
     device = select_device(args.cuda)
     images = load_images(args)
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
@@ -140,15 +141,15 @@ def train(args, checkpoint):
     fixed_noise = torch.randn(64, args.latent_dim).to(device)
     generator = Generator(args.image_size, args.channels, args.latent_dim, args.width)
     discriminator = Discriminator(args.image_size, args.channels, args.width)
-    generator.to(device, memory_format=torch.channels_last)
-    discriminator.to(device, memory_format=torch.channels_last)
+    networks = nn.ModuleList([generator, discriminator])
+    networks.to(device, memory_format=torch.channels_last)
     adam = {"lr": args.lr, "betas": (0.5, 0.999), "fused": True}
     optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     if args.compile:
-        generator.compile()
-        discriminator.compile()
+        for network in networks:
+            network.compile()
 
     # Go on where the checkpoint stopped, with --lr as it is now, and Adam's other settings as saved.
     parts = {
@@ -162,15 +163,15 @@ def train(args, checkpoint):
         rows = checkpoint["metrics"]
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-        optimizer_g.param_groups[0]["lr"] = args.lr
-        optimizer_d.param_groups[0]["lr"] = args.lr
+        optimizer_g.param_groups[0]["lr"] = optimizer_d.param_groups[0]["lr"] = args.lr
 
     if RANK == 0:
         args.out_dir = args.out_dir or first_free(Path("runs", NAME))
-        make_folder(args.out_dir / "samples")
-        save_grid(next(batches(images, 64, device)), args.out_dir / "samples" / "real.png")
+        samples = args.out_dir / "samples"
+        make_folder(samples)
+        save_grid(next(batches(images, 64, device)), samples / "real.png")
     print(f"{len(images):,} images of {args.dataset}, on {device.type}, to {args.out_dir}")
-    for network in (generator, discriminator):
+    for network in networks:
         count = sum(p.numel() for p in network.parameters())
         print(f"{type(network).__name__}: {count:,} parameters", flush=True)
 
@@ -178,7 +179,7 @@ def train(args, checkpoint):
         # A seed for each epoch and process, the same in every run: a resumed one draws what an
         # uninterrupted one draws.
         torch.manual_seed(hash((args.seed, epoch, RANK)))
-        # The steps' metrics are added up on the device, as reading one waits for it.
+        # The steps' metrics are added up (as a Counter's update() does) on the device: reading one waits.
         sums = Counter()
         began = shown = time.perf_counter()
         for step, x in zip(range(1, steps + 1), batches(images, args.batch_size, device)):
@@ -212,14 +213,12 @@ def train(args, checkpoint):
                 shown = time.perf_counter()
 
         row = summary(sums, steps, batch, began, rows)
-        weights = itertools.chain(generator.parameters(), discriminator.parameters())
-        if not all(p.isfinite().all() for p in weights):
+        if not all(p.isfinite().all() for p in networks.parameters()):
             fail(f"weights not finite in epoch {epoch}, not saved: lower --lr")
         rows.append(row)
         if RANK == 0:
-            # The checkpoint comes last: a run killed before it does the epoch again, and these files.
-            picture = args.out_dir / "samples" / f"epoch_{epoch:04d}.png"
-            save_grid(generate(generator, fixed_noise), picture)
+            # The checkpoint comes last: a run killed before it repeats the epoch, and these files.
+            save_grid(generate(generator, fixed_noise), samples / f"epoch_{epoch:04d}.png")
             save(parts, rows, args)
             show(row, args)
 
@@ -264,7 +263,7 @@ def sample(args, checkpoint):
 
 
 def walks(count, latent_dim):
-    """z (8 * count, latent_dim): eight points from a to b, of which there are `count`. As cos^2 + sin^2 = 1, all are from
+    """z (8 * count, latent_dim): `count` walks, each eight points from a draw a to a draw b. As cos^2 + sin^2 = 1, all are from
     N(0, I), as a and b are; those of a straight line would be nearer to 0."""
     a, b = torch.randn(2, count, 1, latent_dim)
     t = torch.linspace(0, math.pi / 2, 8)[:, None]
@@ -286,16 +285,14 @@ def load_images(args):
         return decode(read, paths, (args.channels, args.image_size, args.image_size))
     named = args.dataset
     args.dataset = named or "mnist"
-    if args.dataset in DATASETS and RANK == 0:
+    source = DATASETS.get(args.dataset)
+    if source and RANK == 0:
         socket.setdefaulttimeout(10)  # seconds: a dead network would hang
         try:
-            DATASETS[args.dataset](args.data_dir, download=True)
+            source(args.data_dir, download=True)
         except DOWNLOAD_ERRORS as error:
-            source = DATASETS[args.dataset]
             site = source.mirrors if args.dataset in DIGITS else source.url
-            reason = (
-                f"no {args.dataset} in {args.data_dir}, nor to be had at {site} ({error!r})"
-            )
+            reason = f"no {args.dataset} in {args.data_dir}, nor at {site} ({error!r})"
             # A named set is never replaced, and several processes must not find different ones.
             if named or RANKS > 1:
                 fail(f"{reason}: put it there, or choose another --data-dir")
@@ -306,7 +303,7 @@ def load_images(args):
     if args.dataset == "synthetic":
         images = synthetic_digits(20_000, seed=0)
     else:
-        images = DATASETS[args.dataset](args.data_dir).data
+        images = source(args.data_dir).data
     images = torch.as_tensor(images[RANK::RANKS])
     if args.dataset == "cifar10":
         return resize(images.permute(0, 3, 1, 2), [args.image_size, args.image_size])
@@ -323,7 +320,7 @@ def list_files(folder):
 def decode(read, paths, shape):
     """read(path) of all paths, in order: uint8 (N, *shape), in a file of TMPDIR that is mapped into memory. A path for
     which it raises BadImage is named and left out."""
-    size = len(paths) * math.prod(shape)
+    size = len(paths) * math.prod(shape) * RANKS
     folder = tempfile.gettempdir()
     if size > shutil.disk_usage(folder).free:  # asked, as a full disk would kill the process
         fail(f"{folder} has no room for {size:,} bytes of images: set TMPDIR")
@@ -410,29 +407,28 @@ PAUSE = 0.5 if TERMINAL else 60  # seconds between lines of progress within an e
 
 
 def summary(sums, step, batch, began, rows):
-    """The row of metrics of an epoch's first steps, of so many images each: their means, and rate and seconds."""
+    """The row of metrics after `step` steps, of `batch` images each: their means, images per second, and the run's seconds."""
     row = {"epoch": len(rows) + 1}
     row |= {name: total.item() / step for name, total in sums.items()}  # waits for the GPU
     seconds = time.perf_counter() - began
-    row["images_per_second"] = step * batch / seconds
-    row["seconds"] = seconds + (rows[-1]["seconds"] if rows else 0)
-    return row
+    before = rows[-1]["seconds"] if rows else 0
+    return {**row, "images_per_second": step * batch / seconds, "seconds": before + seconds}
 
 
 def show(row, args, part=1):
-    """Prints a row of that part of its epoch, and the time that the run still takes at its rate."""
+    """Prints the metrics after a part of the epoch, and the time left at the run's mean rate."""
     numbers = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
     left = row["seconds"] * (args.epochs / (row["epoch"] - 1 + part) - 1) / 60
     line = f"{left:.1f} min left, {part:.0%} of {numbers}"
-    if TERMINAL and part < 1:  # cut off at the edge, over what stands there
+    if TERMINAL and part < 1:  # ?7l cuts it off at the edge, K erases what stands there
         print(f"\033[?7l{line}\033[K\033[?7h", end="\r", flush=True)
     else:
-        print("\033[K" * TERMINAL + line, flush=True)
+        print(f"\033[K{line}" if TERMINAL else line, flush=True)
 
 
 def save(parts, rows, args):
-    """Writes metrics.csv, and every --save-every or --keep-every epochs and after the last checkpoint.pt, which it
-    replaces in one step: after a kill or on a full disk it is the old one or the new one."""
+    """Writes metrics.csv. Every --save-every or --keep-every epochs, and after the last one, replaces checkpoint.pt in one
+    step, too: after a kill or on a full disk it is the old one or the new one."""
     with open(args.out_dir / "metrics.csv", "w") as file:
         writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
         writer.writeheader()
@@ -469,24 +465,22 @@ def load_checkpoint(path):
 
 def first_free(path):
     """Makes the first folder of `path`, `path`-2, `path`-3, ... that is not there yet, and returns its path."""
-    for n in itertools.count(1):
-        free = path if n == 1 else path.with_name(f"{path.name}-{n}")
-        if os.path.exists(free.with_suffix(".png")):
-            continue
-        try:
-            free.mkdir(parents=True)
+    free = path
+    for n in itertools.count(2):
+        if not os.path.exists(free.with_suffix(".png")) and make_folder(free):
             return free
-        except FileExistsError:  # perhaps made just now, by another run
-            continue
-        except OSError as error:
-            fail(f"cannot make the folder {free}: {error.strerror}")
+        free = path.with_name(f"{path.name}-{n}")
 
 
 def make_folder(path):
+    """Makes the folder; False if it was there, perhaps made just now by another run."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True)
+        return True
     except OSError as error:
-        fail(f"cannot make the folder {path}: {error.strerror}")
+        if not os.path.isdir(path):
+            fail(f"cannot make the folder {path}: {error.strerror}")
+        return False
 
 
 def fail(reason):
@@ -502,7 +496,7 @@ MAY_BE_ZERO = ("seed",)
 
 def parse_args(argv=None):
     """The arguments, and the checkpoint that --resume or --sample names, else None."""
-    about = __doc__.partition("\n")[0]
+    about = __doc__.split("\n\n")[0]
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=about)
     yes_or_no = argparse.BooleanOptionalAction
 
@@ -532,7 +526,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("files").add_argument
     add("--out-dir", type=Path, help=f"default: the first free of runs/{NAME}, ...")
-    add("--save-every", type=int, default=1, help="epochs to a checkpoint (%(default)s)")
+    add("--save-every", type=int, default=1, help="epochs between checkpoints (%(default)s)")
     add("--keep-every", type=int, help="also keep every N-th epoch's, as checkpoint_0025.pt")
     add("--resume", type=Path, help="go on from that checkpoint, or that run's folder")
     add("--sample", type=Path, help="no training: write images from that checkpoint")
@@ -560,22 +554,22 @@ def parse_args(argv=None):
     if args.image_size is None:
         args.image_size = 64 if args.dataset == "folder" else 32
     smallest = 8 if colored else 28  # digits are padded, never cropped
-    base, levels = base_and_channels(args.image_size, args.width)
+    base, _ = base_and_channels(args.image_size, args.width)
     if args.image_size < smallest or not 4 <= base <= 7:
-        sizes = "28, 32, 40, 48, 56, 64, 80, 96, 112, 128, ..."
-        parser.error(f"--image-size {args.image_size}: 4 to 7 times a power of two ({sizes})")
+        sizes = f"4 to 7 times a power of two, {smallest} or more (28, 32, 40, 48, 56, 64, ...)"
+        parser.error(f"--image-size {args.image_size} is not {sizes}")
     for name, value in vars(args).items():
         if type(value) not in (int, float) or (value == 0 and name in MAY_BE_ZERO):
             continue
         if not 0 < value < 2**31:
-            parser.error(f"--{name.replace('_', '-')} {value} is not above 0 and below 2**31")
+            parser.error(f"--{name.replace('_', '-')} {value} is too small or too large")
     if args.sample and (args.resume or RANKS > 1):
         parser.error("--sample goes without --resume, and without torchrun")
     if args.interpolate and not args.sample:
         parser.error("--interpolate needs --sample")
     if args.out_dir and not args.sample:
         if path != args.out_dir / "checkpoint.pt" and any(args.out_dir.glob("checkpoint*.pt")):
-            parser.error(f"{args.out_dir} holds a run: --resume that, or choose another --out-dir")
+            parser.error(f"{args.out_dir} holds a run: --resume it, or use another --out-dir")
     return args, checkpoint
 
 

@@ -96,7 +96,7 @@ def generator_loss(fake_logits, saturating):
 
 
 def train(args, checkpoint):
-    # Under torchrun each process has its share of the images, and all make as many steps.
+    # Under torchrun each process has its share of the images, and all make the same number of steps.
     device = select_device(args.cuda)
     images = load_images(args).to(device)
     batch = args.batch_size * args.d_steps * RANKS  # images for a step of G, in all processes
@@ -104,8 +104,9 @@ def train(args, checkpoint):
 
     torch.manual_seed(args.seed)
     fixed_noise = torch.randn(64, args.latent_dim).to(device)
-    generator = Generator(args.latent_dim, args.width).to(device)
-    discriminator = Discriminator(args.width).to(device)
+    generator = Generator(args.latent_dim, args.width)
+    discriminator = Discriminator(args.width)
+    networks = nn.ModuleList([generator, discriminator]).to(device)
     averaged = copy.deepcopy(generator)  # what grids and samples are drawn with
     # The weights and BatchNorm's averages of both, without the counts of batches.
     average = list(filter(torch.is_floating_point, averaged.state_dict().values()))
@@ -115,8 +116,8 @@ def train(args, checkpoint):
     optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     if args.compile:
-        generator.compile()
-        discriminator.compile()
+        for network in networks:
+            network.compile()
 
     # Go on where the checkpoint stopped, with --lr as it is now, and Adam's other settings as saved.
     parts = {
@@ -131,16 +132,16 @@ def train(args, checkpoint):
         rows = checkpoint["metrics"]
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-        optimizer_g.param_groups[0]["lr"] = args.lr
-        optimizer_d.param_groups[0]["lr"] = args.lr
+        optimizer_g.param_groups[0]["lr"] = optimizer_d.param_groups[0]["lr"] = args.lr
 
     if RANK == 0:
         args.out_dir = args.out_dir or first_free(Path("runs", NAME))
-        make_folder(args.out_dir / "samples")
+        samples = args.out_dir / "samples"
+        make_folder(samples)
         real = to_images(next(batches(images, 64)))
-        save_grid(real, args.out_dir / "samples" / "real.png")
+        save_grid(real, samples / "real.png")
     print(f"{len(images):,} images of {args.dataset}, on {device.type}, to {args.out_dir}")
-    for network in (generator, discriminator):
+    for network in networks:
         count = sum(p.numel() for p in network.parameters())
         print(f"{type(network).__name__}: {count:,} parameters", flush=True)
 
@@ -149,7 +150,7 @@ def train(args, checkpoint):
         # uninterrupted one draws.
         torch.manual_seed(hash((args.seed, epoch, RANK)))
         data = batches(images, args.batch_size)
-        # The steps' metrics are added up on the device, as reading one waits for it.
+        # The steps' metrics are added up (as a Counter's update() does) on the device: reading one waits.
         sums = Counter()
         began = shown = time.perf_counter()
         for step in range(1, steps + 1):
@@ -189,14 +190,12 @@ def train(args, checkpoint):
                 shown = time.perf_counter()
 
         row = summary(sums, steps, batch, began, rows)
-        weights = itertools.chain(generator.parameters(), discriminator.parameters())
-        if not all(p.isfinite().all() for p in weights):
+        if not all(p.isfinite().all() for p in networks.parameters()):
             fail(f"weights not finite in epoch {epoch}, not saved: lower --lr")
         rows.append(row)
         if RANK == 0:
-            # The checkpoint comes last: a run killed before it does the epoch again, and these files.
-            picture = args.out_dir / "samples" / f"epoch_{epoch:04d}.png"
-            save_grid(generate(averaged, fixed_noise), picture)
+            # The checkpoint comes last: a run killed before it repeats the epoch, and these files.
+            save_grid(generate(averaged, fixed_noise), samples / f"epoch_{epoch:04d}.png")
             save(parts, rows, args)
             show(row, args)
 
@@ -243,7 +242,7 @@ def sample(args, checkpoint):
 
 
 def walks(count, latent_dim):
-    """z (8 * count, latent_dim): eight points from a to b, of which there are `count`. As cos^2 + sin^2 = 1, all are from
+    """z (8 * count, latent_dim): `count` walks, each eight points from a draw a to a draw b. As cos^2 + sin^2 = 1, all are from
     N(0, I), as a and b are; those of a straight line would be nearer to 0."""
     a, b = torch.randn(2, count, 1, latent_dim)
     t = torch.linspace(0, math.pi / 2, 8)[:, None]
@@ -260,14 +259,14 @@ def load_images(args):
     Where no set was named and MNIST cannot be had, warns and sets args.dataset to synthetic."""
     named = args.dataset
     args.dataset = named or "mnist"
-    if args.dataset in DATASETS and RANK == 0:
+    source = DATASETS.get(args.dataset)
+    if source and RANK == 0:
         socket.setdefaulttimeout(10)  # seconds: a dead network would hang
         try:
-            DATASETS[args.dataset](args.data_dir, download=True)
+            source(args.data_dir, download=True)
         except DOWNLOAD_ERRORS as error:
-            site = DATASETS[args.dataset].mirrors
             reason = (
-                f"no {args.dataset} in {args.data_dir}, nor to be had at {site} ({error!r})"
+                f"no {args.dataset} in {args.data_dir}, nor at {source.mirrors} ({error!r})"
             )
             # A named set is never replaced, and several processes must not find different ones.
             if named or RANKS > 1:
@@ -279,7 +278,7 @@ def load_images(args):
     if args.dataset == "synthetic":
         images = synthetic_digits(20_000, seed=0)
     else:
-        images = DATASETS[args.dataset](args.data_dir).data
+        images = source(args.data_dir).data
     return images[RANK::RANKS].flatten(1).float().div(127.5).sub(1)
 
 
@@ -320,29 +319,28 @@ PAUSE = 0.5 if TERMINAL else 60  # seconds between lines of progress within an e
 
 
 def summary(sums, step, batch, began, rows):
-    """The row of metrics of an epoch's first steps, of so many images each: their means, and rate and seconds."""
+    """The row of metrics after `step` steps, of `batch` images each: their means, images per second, and the run's seconds."""
     row = {"epoch": len(rows) + 1}
     row |= {name: total.item() / step for name, total in sums.items()}  # waits for the GPU
     seconds = time.perf_counter() - began
-    row["images_per_second"] = step * batch / seconds
-    row["seconds"] = seconds + (rows[-1]["seconds"] if rows else 0)
-    return row
+    before = rows[-1]["seconds"] if rows else 0
+    return {**row, "images_per_second": step * batch / seconds, "seconds": before + seconds}
 
 
 def show(row, args, part=1):
-    """Prints a row of that part of its epoch, and the time that the run still takes at its rate."""
+    """Prints the metrics after a part of the epoch, and the time left at the run's mean rate."""
     numbers = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
     left = row["seconds"] * (args.epochs / (row["epoch"] - 1 + part) - 1) / 60
     line = f"{left:.1f} min left, {part:.0%} of {numbers}"
-    if TERMINAL and part < 1:  # cut off at the edge, over what stands there
+    if TERMINAL and part < 1:  # ?7l cuts it off at the edge, K erases what stands there
         print(f"\033[?7l{line}\033[K\033[?7h", end="\r", flush=True)
     else:
-        print("\033[K" * TERMINAL + line, flush=True)
+        print(f"\033[K{line}" if TERMINAL else line, flush=True)
 
 
 def save(parts, rows, args):
-    """Writes metrics.csv, and every --save-every or --keep-every epochs and after the last checkpoint.pt, which it
-    replaces in one step: after a kill or on a full disk it is the old one or the new one."""
+    """Writes metrics.csv. Every --save-every or --keep-every epochs, and after the last one, replaces checkpoint.pt in one
+    step, too: after a kill or on a full disk it is the old one or the new one."""
     with open(args.out_dir / "metrics.csv", "w") as file:
         writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
         writer.writeheader()
@@ -379,24 +377,22 @@ def load_checkpoint(path):
 
 def first_free(path):
     """Makes the first folder of `path`, `path`-2, `path`-3, ... that is not there yet, and returns its path."""
-    for n in itertools.count(1):
-        free = path if n == 1 else path.with_name(f"{path.name}-{n}")
-        if os.path.exists(free.with_suffix(".png")):
-            continue
-        try:
-            free.mkdir(parents=True)
+    free = path
+    for n in itertools.count(2):
+        if not os.path.exists(free.with_suffix(".png")) and make_folder(free):
             return free
-        except FileExistsError:  # perhaps made just now, by another run
-            continue
-        except OSError as error:
-            fail(f"cannot make the folder {free}: {error.strerror}")
+        free = path.with_name(f"{path.name}-{n}")
 
 
 def make_folder(path):
+    """Makes the folder; False if it was there, perhaps made just now by another run."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True)
+        return True
     except OSError as error:
-        fail(f"cannot make the folder {path}: {error.strerror}")
+        if not os.path.isdir(path):
+            fail(f"cannot make the folder {path}: {error.strerror}")
+        return False
 
 
 def fail(reason):
@@ -412,7 +408,7 @@ MAY_BE_ZERO = ("seed",)
 
 def parse_args(argv=None):
     """The arguments, and the checkpoint that --resume or --sample names, else None."""
-    about = __doc__.partition("\n")[0]
+    about = __doc__.split("\n\n")[0]
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=about)
     yes_or_no = argparse.BooleanOptionalAction
 
@@ -441,7 +437,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("files").add_argument
     add("--out-dir", type=Path, help=f"default: the first free of runs/{NAME}, ...")
-    add("--save-every", type=int, default=1, help="epochs to a checkpoint (%(default)s)")
+    add("--save-every", type=int, default=1, help="epochs between checkpoints (%(default)s)")
     add("--keep-every", type=int, help="also keep every N-th epoch's, as checkpoint_0025.pt")
     add("--resume", type=Path, help="go on from that checkpoint, or that run's folder")
     add("--sample", type=Path, help="no training: write images from that checkpoint")
@@ -465,7 +461,7 @@ def parse_args(argv=None):
         if type(value) not in (int, float) or (value == 0 and name in MAY_BE_ZERO):
             continue
         if not 0 < value < 2**31:
-            parser.error(f"--{name.replace('_', '-')} {value} is not above 0 and below 2**31")
+            parser.error(f"--{name.replace('_', '-')} {value} is too small or too large")
     if args.batch_size == 1:
         parser.error("--batch-size: BatchNorm takes 2 images or more")
     if args.sample and (args.resume or RANKS > 1):
@@ -474,7 +470,7 @@ def parse_args(argv=None):
         parser.error("--interpolate needs --sample")
     if args.out_dir and not args.sample:
         if path != args.out_dir / "checkpoint.pt" and any(args.out_dir.glob("checkpoint*.pt")):
-            parser.error(f"{args.out_dir} holds a run: --resume that, or choose another --out-dir")
+            parser.error(f"{args.out_dir} holds a run: --resume it, or use another --out-dir")
     return args, checkpoint
 
 

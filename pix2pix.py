@@ -105,7 +105,7 @@ class Generator(nn.Module):
             nn.Tanh(),
         ]
         self.decoder.append(nn.Sequential(*level))
-        self.apply(initialize)
+        initialize(self)
 
     def forward(self, x):
         skips = []
@@ -132,19 +132,20 @@ class Discriminator(nn.Sequential):
             ]
             c *= 2
         super().__init__(*layers, nn.Conv2d(c, 1, 4, 1, 1))
-        self.apply(initialize)
+        initialize(self)
 
     def forward(self, source, image):
         return super().forward(torch.cat([source, image], 1))
 
 
-def initialize(module):
+def initialize(network):
     """Section 6.2: weights from N(0, 0.02). Those of the norms from N(1, 0.02), as in the authors' code; biases 0."""
-    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.InstanceNorm2d)):
-        mean = 1.0 if isinstance(module, nn.InstanceNorm2d) else 0.0
-        nn.init.normal_(module.weight, mean, 0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    for name, p in network.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(p)
+        else:
+            mean = 1.0 if p.ndim == 1 else 0.0  # a norm's weights are a vector
+            nn.init.normal_(p, mean, 0.02)
 
 
 def discriminator_loss(real_logits, fake_logits):
@@ -160,7 +161,7 @@ def generator_loss(fake_logits):
 
 
 def train(args, checkpoint):
-    # Under torchrun each process has its share of the pairs, and all make as many steps.
+    # Under torchrun each process has its share of the pairs, and all make the same number of steps.
     device = select_device(args.cuda)
     pairs, held_out = load_pairs(args, "train"), load_pairs(args, "val")
     if device.type == "cuda" and pairs.nbytes < torch.cuda.mem_get_info()[0] / 2:
@@ -169,15 +170,16 @@ def train(args, checkpoint):
     steps = fewest(len(pairs) * RANKS // batch, device)
 
     torch.manual_seed(args.seed)
-    generator = Generator(args.image_size, args.width).to(device)
-    discriminator = Discriminator(args.width).to(device)
+    generator = Generator(args.image_size, args.width)
+    discriminator = Discriminator(args.width)
+    networks = nn.ModuleList([generator, discriminator]).to(device)
     adam = {"lr": args.lr, "betas": (0.5, 0.999), "fused": True}
     optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     if args.compile:
-        generator.compile()
-        discriminator.compile()
+        for network in networks:
+            network.compile()
 
     # Go on where the checkpoint stopped.
     parts = {
@@ -194,11 +196,12 @@ def train(args, checkpoint):
 
     if RANK == 0:
         args.out_dir = args.out_dir or first_free(Path("runs", NAME))
-        make_folder(args.out_dir / "samples")
+        samples = args.out_dir / "samples"
+        make_folder(samples)
         real = torch.stack(split_pairs(pairs[:32], args.direction), 1).flatten(0, 1)
-        save_grid(real, args.out_dir / "samples" / "real.png")
+        save_grid(real, samples / "real.png")
     print(f"{len(pairs):,} pairs of {args.dataset}, on {device.type}, to {args.out_dir}")
-    for network in (generator, discriminator):
+    for network in networks:
         count = sum(p.numel() for p in network.parameters())
         print(f"{type(network).__name__}: {count:,} parameters", flush=True)
 
@@ -206,10 +209,10 @@ def train(args, checkpoint):
         # A seed for each epoch and process, the same in every run: a resumed one draws what an
         # uninterrupted one draws.
         torch.manual_seed(hash((args.seed, epoch, RANK)))
-        # Constant but for the last --decay-epochs, over which it falls to 0.
+        # Constant but for the last --decay-epochs, over which it falls towards 0.
         lr = args.lr * min(1, (args.epochs - epoch + 1) / (args.decay_epochs + 1))
         optimizer_g.param_groups[0]["lr"] = optimizer_d.param_groups[0]["lr"] = lr
-        # The steps' metrics are added up on the device, as reading one waits for it.
+        # The steps' metrics are added up (as a Counter's update() does) on the device: reading one waits.
         sums = Counter()
         began = shown = time.perf_counter()
         for step, (source, target) in zip(range(1, steps + 1), batches(pairs, args, device)):
@@ -242,16 +245,15 @@ def train(args, checkpoint):
                 shown = time.perf_counter()
 
         row = summary(sums, steps, batch, began, rows)
-        weights = itertools.chain(generator.parameters(), discriminator.parameters())
-        if not all(p.isfinite().all() for p in weights):
+        if not all(p.isfinite().all() for p in networks.parameters()):
             fail(f"weights not finite in epoch {epoch}, not saved: lower --lr")
         rows.append(row)
         if RANK == 0:
-            # The checkpoint comes last: a run killed before it does the epoch again, and these files.
+            # The checkpoint comes last: a run killed before it repeats the epoch, and these files.
             with autocast:
                 grid, tested = evaluate(generator, held_out, args, device)
             rows[-1] = {"epoch": epoch, **tested, **row}
-            save_grid(grid, args.out_dir / "samples" / f"epoch_{epoch:04d}.png", columns=6)
+            save_grid(grid, samples / f"epoch_{epoch:04d}.png", columns=6)
             save(parts, rows, args)
             show(rows[-1], args)
 
@@ -395,16 +397,13 @@ def pairs_side_by_side(folder, train):
 
 def pairs_in_two_folders(folder, train):
     """Tuples of a path in A/ and the one in B/ of the same name; every tenth is held out."""
-    a, b = (
-        [path.relative_to(side) for path in list_files(side)]
-        for side in (folder / "A", folder / "B")
-    )
-    lonely = sorted({*a} ^ {*b})
+    a, b = folder / "A", folder / "B"
+    pairs = [(path, b / path.relative_to(a)) for path in list_files(a)]
+    lonely = {partner for _, partner in pairs} ^ {*list_files(b)}
     if lonely:
-        fail(f"{lonely[0]} is in one of {folder}/A and {folder}/B, and its partner is missing")
-    held_out = a[9::10] or a[-1:]
-    names = sorted({*a}.difference(held_out)) if train else held_out
-    return [(folder / "A" / name, folder / "B" / name) for name in names]
+        fail(f"{min(lonely)} or its partner in {a} is missing")
+    held_out = {*(pairs[9::10] or pairs[-1:])}
+    return [pair for pair in pairs if (pair in held_out) != train]
 
 
 def list_files(folder):
@@ -416,7 +415,7 @@ def list_files(folder):
 def decode(read, paths, shape):
     """read(path) of all paths, in order: uint8 (N, *shape), in a file of TMPDIR that is mapped into memory. A path for
     which it raises BadImage is named and left out."""
-    size = len(paths) * math.prod(shape)
+    size = len(paths) * math.prod(shape) * RANKS
     folder = tempfile.gettempdir()
     if size > shutil.disk_usage(folder).free:  # asked, as a full disk would kill the process
         fail(f"{folder} has no room for {size:,} bytes of images: set TMPDIR")
@@ -446,16 +445,15 @@ class BadImage(Exception):
 
 def read_pair(paths, size):
     """uint8 (2, 3, size, size), A first, of one file with both side by side or of two. Raises BadImage."""
-    images = [read_image(path) for path in paths]
-    if len(images) == 1:
-        width, height = images[0].size
-        left = images[0].crop((0, 0, width // 2, height))
-        right = images[0].crop((width // 2, 0, width, height))
-        images = [left, right]
-    sizes = [image.size for image in images]
-    if sizes[0] != sizes[1]:
-        raise BadImage(f"{paths[0]}: the sizes of A and B differ: {sizes}")
-    return torch.stack([to_square(image, size) for image in images])
+    a = b = read_image(paths[0])
+    if len(paths) == 2:
+        b = read_image(paths[1])
+    else:
+        a = b.crop((0, 0, b.width // 2, b.height))
+        b = b.crop((a.width, 0, b.width, b.height))
+    if a.size != b.size:
+        raise BadImage(f"{paths[0]}: the sizes of A and B differ: {a.size} and {b.size}")
+    return torch.stack([to_square(a, size), to_square(b, size)])
 
 
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
@@ -540,29 +538,28 @@ PAUSE = 0.5 if TERMINAL else 60  # seconds between lines of progress within an e
 
 
 def summary(sums, step, batch, began, rows):
-    """The row of metrics of an epoch's first steps, of so many images each: their means, and rate and seconds."""
+    """The row of metrics after `step` steps, of `batch` images each: their means, images per second, and the run's seconds."""
     row = {"epoch": len(rows) + 1}
     row |= {name: total.item() / step for name, total in sums.items()}  # waits for the GPU
     seconds = time.perf_counter() - began
-    row["images_per_second"] = step * batch / seconds
-    row["seconds"] = seconds + (rows[-1]["seconds"] if rows else 0)
-    return row
+    before = rows[-1]["seconds"] if rows else 0
+    return {**row, "images_per_second": step * batch / seconds, "seconds": before + seconds}
 
 
 def show(row, args, part=1):
-    """Prints a row of that part of its epoch, and the time that the run still takes at its rate."""
+    """Prints the metrics after a part of the epoch, and the time left at the run's mean rate."""
     numbers = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
     left = row["seconds"] * (args.epochs / (row["epoch"] - 1 + part) - 1) / 60
     line = f"{left:.1f} min left, {part:.0%} of {numbers}"
-    if TERMINAL and part < 1:  # cut off at the edge, over what stands there
+    if TERMINAL and part < 1:  # ?7l cuts it off at the edge, K erases what stands there
         print(f"\033[?7l{line}\033[K\033[?7h", end="\r", flush=True)
     else:
-        print("\033[K" * TERMINAL + line, flush=True)
+        print(f"\033[K{line}" if TERMINAL else line, flush=True)
 
 
 def save(parts, rows, args):
-    """Writes metrics.csv, and every --save-every or --keep-every epochs and after the last checkpoint.pt, which it
-    replaces in one step: after a kill or on a full disk it is the old one or the new one."""
+    """Writes metrics.csv. Every --save-every or --keep-every epochs, and after the last one, replaces checkpoint.pt in one
+    step, too: after a kill or on a full disk it is the old one or the new one."""
     with open(args.out_dir / "metrics.csv", "w") as file:
         writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
         writer.writeheader()
@@ -599,24 +596,22 @@ def load_checkpoint(path):
 
 def first_free(path):
     """Makes the first folder of `path`, `path`-2, `path`-3, ... that is not there yet, and returns its path."""
-    for n in itertools.count(1):
-        free = path if n == 1 else path.with_name(f"{path.name}-{n}")
-        if os.path.exists(free.with_suffix(".png")):
-            continue
-        try:
-            free.mkdir(parents=True)
+    free = path
+    for n in itertools.count(2):
+        if not os.path.exists(free.with_suffix(".png")) and make_folder(free):
             return free
-        except FileExistsError:  # perhaps made just now, by another run
-            continue
-        except OSError as error:
-            fail(f"cannot make the folder {free}: {error.strerror}")
+        free = path.with_name(f"{path.name}-{n}")
 
 
 def make_folder(path):
+    """Makes the folder; False if it was there, perhaps made just now by another run."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True)
+        return True
     except OSError as error:
-        fail(f"cannot make the folder {path}: {error.strerror}")
+        if not os.path.isdir(path):
+            fail(f"cannot make the folder {path}: {error.strerror}")
+        return False
 
 
 def fail(reason):
@@ -632,7 +627,7 @@ MAY_BE_ZERO = ("seed", "decay_epochs", "l1_weight", "gan_weight")
 
 def parse_args(argv=None):
     """The arguments, and the checkpoint that --resume or --sample names, else None."""
-    about = __doc__.partition("\n")[0]
+    about = __doc__.split("\n\n")[0]
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=about)
     yes_or_no = argparse.BooleanOptionalAction
 
@@ -662,7 +657,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("files").add_argument
     add("--out-dir", type=Path, help=f"default: the first free of runs/{NAME}, ...")
-    add("--save-every", type=int, default=5, help="epochs to a checkpoint (%(default)s)")
+    add("--save-every", type=int, default=5, help="epochs between checkpoints (%(default)s)")
     add("--keep-every", type=int, help="also keep every N-th epoch's, as checkpoint_0025.pt")
     add("--resume", type=Path, help="go on from that checkpoint, or that run's folder")
     add("--sample", type=Path, help="no training: translate images by that checkpoint")
@@ -691,20 +686,20 @@ def parse_args(argv=None):
         args.direction = "AtoB" if args.dataset in ("maps", "folder") else "BtoA"
     if args.image_size not in (32, 64, 128, 256, 512, 1024):
         parser.error(f"--image-size is a power of two from 32 to 1024, not {args.image_size}")
-    if not 0 <= args.decay_epochs <= args.epochs:
+    if args.decay_epochs > args.epochs:
         parser.error("--decay-epochs are part of --epochs, so at most as many")
     for name, value in vars(args).items():
         if type(value) not in (int, float) or (value == 0 and name in MAY_BE_ZERO):
             continue
         if not 0 < value < 2**31:
-            parser.error(f"--{name.replace('_', '-')} {value} is not above 0 and below 2**31")
+            parser.error(f"--{name.replace('_', '-')} {value} is too small or too large")
     if args.sample and (args.resume or RANKS > 1):
         parser.error("--sample goes without --resume, and without torchrun")
     if (args.input or args.deterministic) and not args.sample:
         parser.error("--input and --deterministic need --sample")
     if args.out_dir and not args.sample:
         if path != args.out_dir / "checkpoint.pt" and any(args.out_dir.glob("checkpoint*.pt")):
-            parser.error(f"{args.out_dir} holds a run: --resume that, or choose another --out-dir")
+            parser.error(f"{args.out_dir} holds a run: --resume it, or use another --out-dir")
     return args, checkpoint
 
 

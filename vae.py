@@ -102,7 +102,7 @@ def kl_divergence(mean, logvar):
 
 
 def train(args, checkpoint):
-    # Under torchrun each process has its share of the images, and all make as many steps.
+    # Under torchrun each process has its share of the images, and all make the same number of steps.
     device = select_device(args.cuda)
     images, held_out = (part.to(device) for part in load_images(args))
     batch = args.batch_size * RANKS  # images for a step, in all processes
@@ -135,10 +135,11 @@ def train(args, checkpoint):
 
     if RANK == 0:
         args.out_dir = args.out_dir or first_free(Path("runs", NAME))
-        make_folder(args.out_dir / "samples")
-        make_folder(args.out_dir / "reconstructions")
+        samples, reconstructions = args.out_dir / "samples", args.out_dir / "reconstructions"
+        make_folder(samples)
+        make_folder(reconstructions)
         real = to_images(next(batches(images, 64)))
-        save_grid(real, args.out_dir / "samples" / "real.png", value_range=(0, 1))
+        save_grid(real, samples / "real.png", value_range=(0, 1))
     print(f"{len(images):,} images of {args.dataset}, on {device.type}, to {args.out_dir}")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
 
@@ -146,7 +147,7 @@ def train(args, checkpoint):
         # A seed for each epoch and process, the same in every run: a resumed one draws what an
         # uninterrupted one draws.
         torch.manual_seed(hash((args.seed, epoch, RANK)))
-        # The steps' metrics are added up on the device, as reading one waits for it.
+        # The steps' metrics are added up (as a Counter's update() does) on the device: reading one waits.
         sums = Counter()
         began = shown = time.perf_counter()
         for step, x in zip(range(1, steps + 1), batches(images, args.batch_size)):
@@ -177,16 +178,14 @@ def train(args, checkpoint):
         if RANK == 0:
             model.eval()
             rows[-1] = {"epoch": epoch, **evaluate(model, held_out, args), **row}
-            # The checkpoint comes last: a run killed before it does the epoch again, and these files.
+            # The checkpoint comes last: a run killed before it repeats the epoch, and these files.
             picture = f"epoch_{epoch:04d}.png"
             x = held_out[:16]
             pairs = torch.cat([to_images(x), decode(model, model.encode(x)[0])])
-            save_grid(
-                pairs, args.out_dir / "reconstructions" / picture, len(x), value_range=(0, 1)
-            )
+            save_grid(pairs, reconstructions / picture, columns=len(x), value_range=(0, 1))
             if not args.autoencoder:
                 drawn = decode(model, fixed_noise)
-                save_grid(drawn, args.out_dir / "samples" / picture, value_range=(0, 1))
+                save_grid(drawn, samples / picture, value_range=(0, 1))
             save(parts, rows, args)
             show(rows[-1], args)
             model.train()
@@ -250,9 +249,7 @@ def log_likelihood_bound(model, x, count):
 
 
 def evaluate_checkpoint(args, checkpoint):
-    device = select_device(args.cuda)
-    model = restore(args, checkpoint).to(device)
-    torch.manual_seed(args.seed)
+    model, device = restore(args, checkpoint)
     count = args.importance_samples
     held_out = load_images(args)[1].to(device)
     parts = held_out.split(max(1, 5000 // count))  # as many as fit into a moderate memory
@@ -265,9 +262,7 @@ def evaluate_checkpoint(args, checkpoint):
 
 
 def sample(args, checkpoint):
-    device = select_device(args.cuda)
-    model = restore(args, checkpoint).to(device)
-    torch.manual_seed(args.seed)
+    model, device = restore(args, checkpoint)
     name, z = "generated", torch.randn(args.num_samples, args.latent_dim)
     if args.interpolate:
         held_out = load_images(args)[1].to(device)
@@ -290,9 +285,12 @@ def walks(model, x, count):
 
 
 def restore(args, checkpoint):
+    """The trained model and its device. What is drawn from now on follows from --seed."""
+    device = select_device(args.cuda)
     model = VAE(args.width, args.latent_dim, args.autoencoder)
     model.load_state_dict(checkpoint["model"])
-    return model.eval()
+    torch.manual_seed(args.seed)
+    return model.eval().to(device), device
 
 
 DOWNLOAD_ERRORS = (OSError, RuntimeError, LookupError, ValueError, AssertionError, EOFError)
@@ -305,15 +303,15 @@ def load_images(args):
     Where no set was named and MNIST cannot be had, warns and sets args.dataset to synthetic."""
     named = args.dataset
     args.dataset = named or "mnist"
-    if args.dataset in DATASETS and RANK == 0:
+    source = DATASETS.get(args.dataset)
+    if source and RANK == 0:
         socket.setdefaulttimeout(10)  # seconds: a dead network would hang
         try:
             for train in (True, False):
-                DATASETS[args.dataset](args.data_dir, train, download=True)
+                source(args.data_dir, train, download=True)
         except DOWNLOAD_ERRORS as error:
-            site = DATASETS[args.dataset].mirrors
             reason = (
-                f"no {args.dataset} in {args.data_dir}, nor to be had at {site} ({error!r})"
+                f"no {args.dataset} in {args.data_dir}, nor at {source.mirrors} ({error!r})"
             )
             # A named set is never replaced, and several processes must not find different ones.
             if named or RANKS > 1:
@@ -325,7 +323,7 @@ def load_images(args):
     if args.dataset == "synthetic":
         sets = synthetic_digits(20_000, seed=0), synthetic_digits(2_000, seed=1)
     else:
-        sets = [DATASETS[args.dataset](args.data_dir, train).data for train in (True, False)]
+        sets = [source(args.data_dir, train).data for train in (True, False)]
     images, held_out = (part.flatten(1).float().div(255) for part in sets)
     return images[RANK::RANKS], held_out
 
@@ -367,29 +365,28 @@ PAUSE = 0.5 if TERMINAL else 60  # seconds between lines of progress within an e
 
 
 def summary(sums, step, batch, began, rows):
-    """The row of metrics of an epoch's first steps, of so many images each: their means, and rate and seconds."""
+    """The row of metrics after `step` steps, of `batch` images each: their means, images per second, and the run's seconds."""
     row = {"epoch": len(rows) + 1}
     row |= {name: total.item() / step for name, total in sums.items()}  # waits for the GPU
     seconds = time.perf_counter() - began
-    row["images_per_second"] = step * batch / seconds
-    row["seconds"] = seconds + (rows[-1]["seconds"] if rows else 0)
-    return row
+    before = rows[-1]["seconds"] if rows else 0
+    return {**row, "images_per_second": step * batch / seconds, "seconds": before + seconds}
 
 
 def show(row, args, part=1):
-    """Prints a row of that part of its epoch, and the time that the run still takes at its rate."""
+    """Prints the metrics after a part of the epoch, and the time left at the run's mean rate."""
     numbers = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
     left = row["seconds"] * (args.epochs / (row["epoch"] - 1 + part) - 1) / 60
     line = f"{left:.1f} min left, {part:.0%} of {numbers}"
-    if TERMINAL and part < 1:  # cut off at the edge, over what stands there
+    if TERMINAL and part < 1:  # ?7l cuts it off at the edge, K erases what stands there
         print(f"\033[?7l{line}\033[K\033[?7h", end="\r", flush=True)
     else:
-        print("\033[K" * TERMINAL + line, flush=True)
+        print(f"\033[K{line}" if TERMINAL else line, flush=True)
 
 
 def save(parts, rows, args):
-    """Writes metrics.csv, and every --save-every or --keep-every epochs and after the last checkpoint.pt, which it
-    replaces in one step: after a kill or on a full disk it is the old one or the new one."""
+    """Writes metrics.csv. Every --save-every or --keep-every epochs, and after the last one, replaces checkpoint.pt in one
+    step, too: after a kill or on a full disk it is the old one or the new one."""
     with open(args.out_dir / "metrics.csv", "w") as file:
         writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
         writer.writeheader()
@@ -426,24 +423,22 @@ def load_checkpoint(path):
 
 def first_free(path):
     """Makes the first folder of `path`, `path`-2, `path`-3, ... that is not there yet, and returns its path."""
-    for n in itertools.count(1):
-        free = path if n == 1 else path.with_name(f"{path.name}-{n}")
-        if os.path.exists(free.with_suffix(".png")):
-            continue
-        try:
-            free.mkdir(parents=True)
+    free = path
+    for n in itertools.count(2):
+        if not os.path.exists(free.with_suffix(".png")) and make_folder(free):
             return free
-        except FileExistsError:  # perhaps made just now, by another run
-            continue
-        except OSError as error:
-            fail(f"cannot make the folder {free}: {error.strerror}")
+        free = path.with_name(f"{path.name}-{n}")
 
 
 def make_folder(path):
+    """Makes the folder; False if it was there, perhaps made just now by another run."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True)
+        return True
     except OSError as error:
-        fail(f"cannot make the folder {path}: {error.strerror}")
+        if not os.path.isdir(path):
+            fail(f"cannot make the folder {path}: {error.strerror}")
+        return False
 
 
 def fail(reason):
@@ -460,7 +455,7 @@ MAY_BE_ZERO = ("seed", "beta")
 
 def parse_args(argv=None):
     """The arguments, and the checkpoint that --resume or --sample names, else None."""
-    about = __doc__.partition("\n")[0]
+    about = __doc__.split("\n\n")[0]
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=about)
     yes_or_no = argparse.BooleanOptionalAction
 
@@ -490,7 +485,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("files").add_argument
     add("--out-dir", type=Path, help=f"default: the first free of runs/{NAME}, ...")
-    add("--save-every", type=int, default=1, help="epochs to a checkpoint (%(default)s)")
+    add("--save-every", type=int, default=1, help="epochs between checkpoints (%(default)s)")
     add("--keep-every", type=int, help="also keep every N-th epoch's, as checkpoint_0025.pt")
     add("--resume", type=Path, help="go on from that checkpoint, or that run's folder")
     add("--sample", type=Path, help="no training: write images from that checkpoint")
@@ -516,7 +511,7 @@ def parse_args(argv=None):
         if type(value) not in (int, float) or (value == 0 and name in MAY_BE_ZERO):
             continue
         if not 0 < value < 2**31:
-            parser.error(f"--{name.replace('_', '-')} {value} is not above 0 and below 2**31")
+            parser.error(f"--{name.replace('_', '-')} {value} is too small or too large")
     uses = args.sample or args.eval
     if uses and (args.resume or RANKS > 1 or (args.sample and args.eval)):
         parser.error("--sample and --eval go alone: without --resume, and without torchrun")
@@ -526,7 +521,7 @@ def parse_args(argv=None):
         parser.error("--interpolate needs --sample")
     if args.out_dir and not uses:
         if path != args.out_dir / "checkpoint.pt" and any(args.out_dir.glob("checkpoint*.pt")):
-            parser.error(f"{args.out_dir} holds a run: --resume that, or choose another --out-dir")
+            parser.error(f"{args.out_dir} holds a run: --resume it, or use another --out-dir")
     return args, checkpoint
 
 

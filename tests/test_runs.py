@@ -197,6 +197,14 @@ def test_no_run_and_no_samples_overwrite_others(name, script, flags, tmp_path, m
     )  # and the grid of the second stays
 
 
+def test_runs_on_a_disk_that_is_not_there(name, script, flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").symlink_to("gone")
+    assert run(script, "--epochs", 1, *flags[name]) == 1
+    err = capsys.readouterr().err
+    assert "cannot make the folder" in err and len(err.splitlines()) == 1
+
+
 def test_two_runs_at_once_have_two_folders(name, flags, tmp_path):
     running = [Command(name, "--epochs", 2, *flags[name], cwd=tmp_path) for _ in range(2)]
     assert [command.wait() for command in running] == [(0, "")] * 2
