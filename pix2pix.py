@@ -697,7 +697,7 @@ def parse_args(argv=None):
         parser.error("--sample goes without --resume, and without torchrun")
     if (args.input or args.deterministic) and not args.sample:
         parser.error("--input and --deterministic need --sample")
-    if args.out_dir and not args.sample:
+    if args.out_dir and not args.sample and os.path.isdir(args.out_dir):
         if path != args.out_dir / "checkpoint.pt" and any(args.out_dir.glob("checkpoint*.pt")):
             parser.error(f"{args.out_dir} holds a run: --resume it, or use another --out-dir")
     return args, checkpoint

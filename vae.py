@@ -519,7 +519,7 @@ def parse_args(argv=None):
         parser.error("an autoencoder has neither prior nor likelihood: try --interpolate")
     if args.interpolate and not args.sample:
         parser.error("--interpolate needs --sample")
-    if args.out_dir and not uses:
+    if args.out_dir and not uses and os.path.isdir(args.out_dir):
         if path != args.out_dir / "checkpoint.pt" and any(args.out_dir.glob("checkpoint*.pt")):
             parser.error(f"{args.out_dir} holds a run: --resume it, or use another --out-dir")
     return args, checkpoint
