@@ -4,6 +4,7 @@ import importlib
 import itertools
 import multiprocessing
 import os
+import signal
 import struct
 import sys
 import time
@@ -124,6 +125,7 @@ def execute(folder, name, argv, cwd, environment, output, body):
     os.environ.update(environment)
     os.chdir(cwd)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
 
     # A copy of a script finds nothing but what is in its folder.
     sys.argv = [f"{name}.py", *argv]
