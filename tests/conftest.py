@@ -125,7 +125,7 @@ def execute(folder, name, argv, cwd, environment, output, body):
     os.environ.update(environment)
     os.chdir(cwd)
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
 
     # A copy of a script finds nothing but what is in its folder.
     sys.argv = [f"{name}.py", *argv]
