@@ -502,6 +502,13 @@ def test_a_mistake_in_reading_keeps_its_traceback(kind, album, tmp_path, monkeyp
     assert "mine" not in capsys.readouterr().err
 
 
+def test_two_shares_need_the_room_of_both(monkeypatch):
+    monkeypatch.setattr(dcgan, "RANKS", 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=7))
+    with pytest.raises(SystemExit, match="no room for 8 bytes"):
+        dcgan.decode(None, range(4), (1,))
+
+
 def test_no_thread_reads_on_after_an_error():
     """One that was within torch when the program ended would abort it."""
 

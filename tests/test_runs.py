@@ -205,6 +205,10 @@ def test_runs_on_a_disk_that_is_not_there(name, script, flags, tmp_path, monkeyp
     assert "cannot make the folder" in err and len(err.splitlines()) == 1
 
 
+def test_help_names_the_whole_paper(script, capsys):
+    assert run(script, "--help") == 0 and "arXiv:" in capsys.readouterr().out
+
+
 def test_two_runs_at_once_have_two_folders(name, flags, tmp_path):
     running = [Command(name, "--epochs", 2, *flags[name], cwd=tmp_path) for _ in range(2)]
     assert [command.wait() for command in running] == [(0, "")] * 2
