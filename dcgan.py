@@ -249,9 +249,10 @@ def sample(args, checkpoint):
     generator.load_state_dict(checkpoint["generator"])
     generator.to(device, memory_format=torch.channels_last)
     torch.manual_seed(args.seed)
-    name, z = "generated", torch.randn(args.num_samples, args.latent_dim)
     if args.interpolate:
         name, z = "interpolation", walks(args.interpolate, args.latent_dim)
+    else:
+        name, z = "generated", torch.randn(args.num_samples, args.latent_dim)
     images = torch.cat([generate(generator, part.to(device)).cpu() for part in z.split(500)])
     if args.dataset in ("synthetic", *DIGITS):  # without their padding
         images = center_crop(images, [28, 28])
@@ -430,7 +431,7 @@ def save(parts, rows, args):
     """Writes metrics.csv. Every --save-every or --keep-every epochs, and after the last one, replaces checkpoint.pt in one
     step, too: after a kill or on a full disk it is the old one or the new one."""
     with open(args.out_dir / "metrics.csv", "w") as file:
-        writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
+        writer = csv.DictWriter(file, rows[-1], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     epoch = len(rows)

@@ -230,9 +230,10 @@ def sample(args, checkpoint):
     generator = Generator(args.latent_dim, args.width).to(device)
     generator.load_state_dict(checkpoint["averaged"])
     torch.manual_seed(args.seed)
-    name, z = "generated", torch.randn(args.num_samples, args.latent_dim)
     if args.interpolate:
         name, z = "interpolation", walks(args.interpolate, args.latent_dim)
+    else:
+        name, z = "generated", torch.randn(args.num_samples, args.latent_dim)
     folder = first_free(args.out_dir / name)
     images = generate(generator, z.to(device)).cpu()
     for n, image in enumerate(images):
@@ -342,7 +343,7 @@ def save(parts, rows, args):
     """Writes metrics.csv. Every --save-every or --keep-every epochs, and after the last one, replaces checkpoint.pt in one
     step, too: after a kill or on a full disk it is the old one or the new one."""
     with open(args.out_dir / "metrics.csv", "w") as file:
-        writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
+        writer = csv.DictWriter(file, rows[-1], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     epoch = len(rows)

@@ -561,7 +561,7 @@ def save(parts, rows, args):
     """Writes metrics.csv. Every --save-every or --keep-every epochs, and after the last one, replaces checkpoint.pt in one
     step, too: after a kill or on a full disk it is the old one or the new one."""
     with open(args.out_dir / "metrics.csv", "w") as file:
-        writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
+        writer = csv.DictWriter(file, rows[-1], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     epoch = len(rows)

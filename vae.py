@@ -225,8 +225,8 @@ def evaluate(model, x, args):
     random = torch.Generator(x.device).manual_seed(args.seed)
     epsilon = torch.randn(len(x), args.latent_dim, generator=random, device=x.device)
     logits, mean, logvar = model.forward(x, epsilon)  # not compiled anew for this mode and size
-    reconstruction = reconstruction_loss(logits, x).double().mean().item()
-    kl = kl_divergence(mean, logvar).double().mean().item()
+    reconstruction = reconstruction_loss(logits, x).mean().item()
+    kl = kl_divergence(mean, logvar).mean().item()
     return {
         "test_loss": reconstruction + kl,
         "test_reconstruction": reconstruction,
@@ -244,7 +244,7 @@ def log_likelihood_bound(model, x, count):
     z = reparameterize(mean, logvar, epsilon)  # (count, B, latent_dim)
     logits = model.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])  # (count, B, 784)
     log_px_z = -reconstruction_loss(logits, x)  # (count, B)
-    log_pz_qz = 0.5 * (epsilon.square() + logvar - z.square()).sum(-1)  # the two 2 pi cancel
+    log_pz_qz = 0.5 * (epsilon.square() + logvar - z.square()).sum(-1)  # both have log(2 pi)
     return torch.logsumexp(log_px_z + log_pz_qz, 0) - math.log(count)
 
 
@@ -253,7 +253,7 @@ def evaluate_checkpoint(args, checkpoint):
     count = args.importance_samples
     held_out = load_images(args)[1].to(device)
     parts = held_out.split(max(1, 5000 // count))  # as many as fit into a moderate memory
-    bounds = torch.cat([log_likelihood_bound(model, x, count) for x in parts]).double()
+    bounds = torch.cat([log_likelihood_bound(model, x, count) for x in parts])
     error = bounds.std() / math.sqrt(len(bounds))
     print(
         f"{args.dataset}: log p(x) >= {bounds.mean():.2f} nats, mean of {len(bounds):,} held-out "
@@ -263,10 +263,11 @@ def evaluate_checkpoint(args, checkpoint):
 
 def sample(args, checkpoint):
     model, device = restore(args, checkpoint)
-    name, z = "generated", torch.randn(args.num_samples, args.latent_dim)
     if args.interpolate:
         held_out = load_images(args)[1].to(device)
         name, z = "interpolation", walks(model, held_out, args.interpolate)
+    else:
+        name, z = "generated", torch.randn(args.num_samples, args.latent_dim)
     folder = first_free(args.out_dir / name)
     images = decode(model, z.to(device)).cpu()
     for n, image in enumerate(images):
@@ -388,7 +389,7 @@ def save(parts, rows, args):
     """Writes metrics.csv. Every --save-every or --keep-every epochs, and after the last one, replaces checkpoint.pt in one
     step, too: after a kill or on a full disk it is the old one or the new one."""
     with open(args.out_dir / "metrics.csv", "w") as file:
-        writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
+        writer = csv.DictWriter(file, rows[-1], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     epoch = len(rows)
@@ -530,7 +531,9 @@ def main():
     if RANK:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     try:
-        run = evaluate_checkpoint if args.eval else sample if args.sample else train
+        run = sample if args.sample else train
+        if args.eval:
+            run = evaluate_checkpoint
         run(args, checkpoint)
     except KeyboardInterrupt:
         saved = run is train and args.out_dir and (args.out_dir / "checkpoint.pt").exists()

@@ -526,13 +526,14 @@ def test_a_flag_added_to_a_copy_survives_resume(name, flags, tmp_path):
 
 
 def test_a_metric_added_to_a_copy_arrives_everywhere(name, copied, tmp_path):
-    """Also one that is no float but a number of numpy's; and what the run had before is kept."""
+    """Also one that is no float but a number of numpy's; and what the run had before is kept, but for
+    what the copy leaves out."""
     out, checkpoint = copied
     mine = (ADD, f"{ADD}mine=torch.tensor(0.25), ")
     numpys = (ROW, f"{ROW}        row['numpys'] = np.float32(0.5)\n")
-    change(
-        name, tmp_path, ("import argparse\n", "import argparse\nimport numpy as np\n"), mine, numpys
-    )
+    less = ('"images_per_second": step * batch / seconds, ', "")
+    numpy = ("import argparse\n", "import argparse\nimport numpy as np\n")
+    change(name, tmp_path, numpy, mine, numpys, less)
     for epochs in (3, 4):
         running = Command(
             name, "--resume", checkpoint, "--epochs", epochs, cwd=tmp_path, folder=tmp_path
@@ -541,6 +542,6 @@ def test_a_metric_added_to_a_copy_arrives_everywhere(name, copied, tmp_path):
         assert re.search(r"mine 0.25 .* numpys 0.5\n", running.read("out"))
 
     rows = list(csv.DictReader(open(out / "metrics.csv")))
-    assert {"mine", "numpys", *COLUMNS[name]} < set(rows[0])
+    assert set(rows[0]) == {"epoch", "seconds", "mine", "numpys", *COLUMNS[name]}
     assert [row["mine"] for row in rows] == ["", "", "0.25", "0.25"]
     assert [float(row["numpys"]) for row in load(out)["metrics"][2:]] == [0.5, 0.5]
