@@ -151,12 +151,12 @@ def test_progress_comes_between_steps(name, script, flags, tmp_path, monkeypatch
 
 
 def test_bfloat16_is_near_float32(name, script, flags, finished, tmp_path):
+    """In the first epoch: later on, rounding grows to other runs."""
     assert run(script, "--bf16", "--epochs", 2, "--out-dir", tmp_path / "run", *flags[name]) == 0
-    bf16, float32 = load(tmp_path / "run")["metrics"], load(finished)["metrics"]
+    bf16, float32 = load(tmp_path / "run")["metrics"][0], load(finished)["metrics"][0]
     for column in COLUMNS[name]:
-        for row, expected in zip(bf16, float32):
-            assert row[column] == pytest.approx(expected[column], rel=0.02, abs=0.02)
-    assert bf16[0][COLUMNS[name][0]] != float32[0][COLUMNS[name][0]]
+        assert bf16[column] == pytest.approx(float32[column], rel=0.01, abs=0.01)
+    assert bf16[COLUMNS[name][0]] != float32[COLUMNS[name][0]]
 
 
 def test_another_seed_is_another_run(name, script, flags, finished, tmp_path):
