@@ -151,7 +151,7 @@ def test_progress_comes_between_steps(name, script, flags, tmp_path, monkeypatch
 
 
 def test_bfloat16_is_near_float32(name, script, flags, finished, tmp_path):
-    """In the first epoch: later on, rounding grows to other runs."""
+    """After one epoch: later, differences of rounding have grown until the runs are unlike."""
     assert run(script, "--bf16", "--epochs", 2, "--out-dir", tmp_path / "run", *flags[name]) == 0
     bf16, float32 = load(tmp_path / "run")["metrics"][0], load(finished)["metrics"][0]
     for column in COLUMNS[name]:
@@ -526,8 +526,8 @@ def test_a_flag_added_to_a_copy_survives_resume(name, flags, tmp_path):
 
 
 def test_a_metric_added_to_a_copy_arrives_everywhere(name, copied, tmp_path):
-    """Also one that is no float but a number of numpy's; and what the run had before is kept, but for
-    what the copy leaves out."""
+    """Also one that is no float but a number of numpy's; what the run had before is kept, unless the
+    copy leaves it out."""
     out, checkpoint = copied
     mine = (ADD, f"{ADD}mine=torch.tensor(0.25), ")
     numpys = (ROW, f"{ROW}        row['numpys'] = np.float32(0.5)\n")
