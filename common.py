@@ -1,5 +1,6 @@
 """What the four scripts share: choosing the device, and saving a grid of images."""
 
+import atexit
 import os
 import sys
 from datetime import timedelta
@@ -10,35 +11,57 @@ from torchvision.utils import save_image
 
 
 def select_device(cuda):
-    """The GPU if `cuda` is set and there is one, else the CPU, with a warning on stderr.
+    """Returns the GPU if `cuda` is set and there is one, else the CPU, with a warning on stderr.
 
-    One of several processes under torchrun (WORLD_SIZE) joins the others here, each on a GPU of its own; with fewer
-    GPUs than processes the program ends with one line."""
-    rank = int(os.environ.get("LOCAL_RANK", 0))
+    Under torchrun, each process takes a GPU of its own and joins the process group here. The
+    program ends with one line if there are fewer GPUs than processes, or a process is missing."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
     if cuda and torch.cuda.is_available():
         gpus = torch.cuda.device_count()
-        if rank >= gpus:
-            sys.exit(f"error: --cuda: {gpus} GPUs here, so --nproc-per-node is at most {gpus}")
-        device = torch.device("cuda", rank)
+        if local_rank >= gpus:
+            sys.exit(f"error: --cuda: this machine has {gpus} GPUs: lower --nproc-per-node")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        # Shapes never change: look for the fastest kernel once. TF32 in linear layers, as in convolutions.
+        # All steps have the same shapes, so measure once which kernels are fastest. Use TF32 in
+        # linear layers, as PyTorch does in convolutions.
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-    elif cuda and rank == 0:
-        print("warning: --cuda: PyTorch finds no CUDA GPU here, using the CPU", file=sys.stderr)
+    elif cuda and local_rank == 0:
+        print("warning: --cuda: no CUDA GPU is available, using the CPU", file=sys.stderr)
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # Two hours must outlast what the others wait for: a download, the first process's evaluation.
-        gpu = device if device.type == "cuda" else None
-        backend = "nccl" if gpu else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=gpu)
+        join(device)
     return device
+
+
+def join(device):
+    """Joins torchrun's other processes; ends with one line if one of them ended before it joined."""
+    soon = timedelta(seconds=45)
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=soon))
+        store.set(f"joined {rank}", "")
+        store.wait([f"joined {n}" for n in range(world_size)], soon)
+    except RuntimeError:
+        sys.exit("error: another process has ended, or did not start within 45 seconds")
+
+    # Two hours, as the others wait while one process downloads or evaluates. If it ends instead,
+    # its connections close, and they notice at once.
+    gpu = device if device.type == "cuda" else None
+    dist.init_process_group(
+        "nccl" if gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(hours=2),
+        device_id=gpu,
+    )
+    atexit.register(dist.destroy_process_group)
 
 
 def save_grid(images, path, columns=8, value_range=(-1, 1)):
     """Writes images, (N, C, H, W) or a list of (C, H, W), to one picture, row by row.
 
-    `value_range` is what black and white stand for: fixed, not the minimum and maximum of the images, so that contrast
-    can be compared between pictures."""
+    `value_range` gives the values of black and white. It is fixed, not the minimum and maximum of
+    the images, so that contrast can be compared between pictures."""
     save_image(images, path, nrow=columns, normalize=True, value_range=value_range)

@@ -1,24 +1,24 @@
-"""Deep convolutional GAN: Radford, Metz & Chintala, "Unsupervised Representation Learning with Deep Convolutional
-Generative Adversarial Networks" (2016, arXiv:1511.06434).
+"""Deep convolutional GAN: Radford, Metz & Chintala, "Unsupervised Representation Learning with Deep
+Convolutional Generative Adversarial Networks" (2016, arXiv:1511.06434).
 
-    python dcgan.py --epochs 25 --cuda                               MNIST, downloaded to data/
-    python dcgan.py --dataset folder --data-dir photos --cuda        your own images, at 64x64
-    torchrun --nproc-per-node 8 dcgan.py --cuda                      eight GPUs, --batch-size is that of each
-    python dcgan.py --resume runs/dcgan/checkpoint.pt --epochs 30    go on
-    python dcgan.py --sample runs/dcgan/checkpoint.pt --num-samples 10000
-    python dcgan.py --sample runs/dcgan/checkpoint.pt --interpolate 8
+    python dcgan.py --epochs 25 --cuda                         MNIST, downloaded to data/
+    python dcgan.py --dataset folder --data-dir photos --cuda  your own images, at 64x64
+    torchrun --nproc-per-node 8 dcgan.py --cuda                eight GPUs, --batch-size for each
+    python dcgan.py --resume runs/dcgan --epochs 30            continue training
+    python dcgan.py --sample runs/dcgan --num-samples 10000    write images
+    python dcgan.py --sample runs/dcgan --interpolate 8        walk from image to image
 
-Writes to runs/dcgan: checkpoint.pt, metrics.csv, samples/real.png of the training set, and samples/epoch_0001.png, ..., the
-same noise after every epoch.
+Writes to runs/dcgan: checkpoint.pt, metrics.csv, samples/real.png with training images, and
+samples/epoch_0001.png, ... with images from the same noise after every epoch.
 
 Differences from the paper:
-1. The depth follows the image size, b * 2**k with b from 4 to 7: start at b x b, k levels of stride 2, channels doubling
-   to at most 16 times --width. At 64 pixels and --width 128 those are figure 1's: 1024, 512, 256, 128.
-2. Kernels are 4x4, not figure 1's 5x5: at stride 2, every output then comes from equally many inputs.
-3. z ~ N(0, I), not uniform: of it the points of a walk (--interpolate) are drawn, too.
-4. D ends in a convolution over all that is left, which is the paper's flattening into one output, as a logit.
+1. The depth follows the image size b * 2**k, with b from 4 to 7: k levels of stride 2 from b x b,
+   and channels that double up to 16 times --width. At 64 pixels and --width 128, it is figure 1.
+2. Kernels are 4x4, not 5x5. At stride 2, every output then comes from equally many inputs.
+3. z ~ N(0, I), not uniform.
+4. D ends in a convolution over the whole map, which equals the paper's flattening into one output.
 5. Digits are padded to 32x32, not stretched, and written back at 28x28.
-6. Grids and samples use BatchNorm's running averages, so that an image does not depend on those beside it.
+6. Samples use BatchNorm in eval mode, so that no image depends on the others.
 """
 
 import argparse
@@ -28,17 +28,13 @@ import itertools
 import json
 import math
 import os
-import shutil
 import socket
-import struct
 import sys
 import tempfile
-import time
-from collections import Counter
-from functools import partial
-from http.client import HTTPException
-from multiprocessing.pool import ThreadPool
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -46,20 +42,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
-from torchvision import datasets
+from torch.optim import Adam
+from torchvision.datasets import CIFAR10, MNIST, FashionMNIST
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, to_pil_image
 
 from common import save_grid, select_device
 
-NAME = Path(__file__).stem  # names the run's folder and its checkpoints
-RANK = int(os.environ.get("RANK", 0))  # which of torchrun's processes this is
-RANKS = int(os.environ.get("WORLD_SIZE", 1))  # and of how many
-DIGITS = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}  # gray, 28x28
-DATASETS = {**DIGITS, "cifar10": datasets.CIFAR10}
+NAME = Path(__file__).stem  # names the run's folder and marks its checkpoints
+RANK = int(os.environ.get("RANK", 0))  # the number of this process under torchrun
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there are
+DATASETS = {"mnist": MNIST, "fashion-mnist": FashionMNIST, "cifar10": CIFAR10}
 
 
 def base_and_channels(image_size, width):
-    """The side of the smallest map, found by halving, and the channels of the levels above it, the narrowest first."""
+    """Halves image_size until it is at most 7. Returns that side, and the channels of each level on
+    the way, from `width` on."""
     base, channels = image_size, []
     while base > 7 and base % 2 == 0:
         base //= 2
@@ -68,14 +65,18 @@ def base_and_channels(image_size, width):
 
 
 class Generator(nn.Sequential):
-    """z (B, latent_dim) to images (B, channels, image_size, image_size) in (-1, 1): section 3, figure 1."""
+    """Maps z (B, latent_dim) to images (B, channels, image_size, image_size) in (-1, 1): figure 1.
+
+    A copy that takes more than z should be an nn.Module with a forward() of its own."""
 
     def __init__(self, image_size, channels, latent_dim, width):
         base, widths = base_and_channels(image_size, width)
         c = widths[-1]
-        layers = [nn.Linear(latent_dim, c * base**2, bias=False)]
-        layers += [nn.Unflatten(1, (c, base, base))]
-        for before, after in itertools.pairwise(widths[::-1]):
+        layers = [
+            nn.Linear(latent_dim, c * base**2, bias=False),
+            nn.Unflatten(1, (c, base, base)),
+        ]
+        for before, after in itertools.pairwise(reversed(widths)):
             # (B, before, h, h) to (B, after, 2h, 2h)
             layers += [
                 nn.BatchNorm2d(before),
@@ -84,15 +85,15 @@ class Generator(nn.Sequential):
             ]
         layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
         super().__init__(*layers, nn.ConvTranspose2d(width, channels, 4, 2, 1), nn.Tanh())
-        initialize(self)
+        self.apply(initialize)
 
 
 class Discriminator(nn.Sequential):
-    """Images (B, channels, image_size, image_size) in [-1, 1] to logits (B,); D(x) is their sigmoid."""
+    """Maps images (B, channels, image_size, image_size) to logits (B,); D(x) is their sigmoid."""
 
     def __init__(self, image_size, channels, width):
         base, widths = base_and_channels(image_size, width)
-        # No BatchNorm here, nor on G's output: section 3.
+        # No BatchNorm on D's input, nor on G's output: section 3.
         layers = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
         for before, after in itertools.pairwise(widths):
             # (B, before, h, h) to (B, after, h/2, h/2)
@@ -103,23 +104,24 @@ class Discriminator(nn.Sequential):
             ]
         # (B, c, base, base) to (B,)
         super().__init__(*layers, nn.Conv2d(widths[-1], 1, base), nn.Flatten(0))
-        initialize(self)
+        self.apply(initialize)
 
 
-def initialize(network):
-    """Section 4: weights from N(0, 0.02). Those of BatchNorm from N(1, 0.02), as in the authors' code; biases 0."""
-    for name, p in network.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(p)
-        else:
-            mean = 1.0 if p.ndim == 1 else 0.0  # a norm's weights are a vector
-            nn.init.normal_(p, mean, 0.02)
+def initialize(layer):
+    """Section 4: weights from N(0, 0.02); those of BatchNorm from N(1, 0.02), as in the authors'
+    code; biases 0. Other types of layers keep PyTorch's initialization."""
+    if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)):
+        mean = 1.0 if isinstance(layer, nn.BatchNorm2d) else 0.0
+        nn.init.normal_(layer.weight, mean, 0.02)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 def discriminator_loss(real_logits, fake_logits):
-    """-E[log D(x)] - E[log(1 - D(G(z)))]: Goodfellow et al. 2014, eq. 1, which D maximizes, with its sign changed.
+    """-E[log D(x)] - E[log(1 - D(G(z)))]: the negative of eq. 1 of Goodfellow et al. 2014, which D
+    maximizes.
 
-    softplus(l) = log(1 + exp(l)), so with D = sigmoid(l), -log D is softplus(-l) and -log(1 - D) is softplus(l)."""
+    With D = sigmoid(l), -log D = log(1 + exp(-l)) = softplus(-l) and -log(1 - D) = softplus(l)."""
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 
@@ -129,63 +131,65 @@ def generator_loss(fake_logits):
 
 
 def train(args, checkpoint):
-    # Under torchrun each process has its share of the images, and all make the same number of steps.
     device = select_device(args.cuda)
     images = load_images(args)
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
-        images = images.to(device)
-    batch = args.batch_size * RANKS  # images for a step, in all processes
-    steps = fewest(len(images) * RANKS // batch, device)
+        images = images.to(device)  # they fit into half of its free memory
+    if args.channels not in (None, images.shape[1]):
+        sys.exit("error: --channels is for --dataset folder")
+    args.channels = images.shape[1]
+    steps = len(images) // args.batch_size
+    if steps == 0:
+        sys.exit(f"error: {len(images)} images per process are too few: lower --batch-size")
 
     torch.manual_seed(args.seed)
     fixed_noise = torch.randn(64, args.latent_dim).to(device)
     generator = Generator(args.image_size, args.channels, args.latent_dim, args.width)
     discriminator = Discriminator(args.image_size, args.channels, args.width)
-    networks = nn.ModuleList([generator, discriminator])
-    networks.to(device, memory_format=torch.channels_last)
-    adam = {"lr": args.lr, "betas": (0.5, 0.999), "fused": True}
-    optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
+    generator.to(device, memory_format=torch.channels_last)
+    discriminator.to(device, memory_format=torch.channels_last)
+    optimizer_g = Adam(generator.parameters(), args.lr, (0.5, 0.999), fused=True)
+    optimizer_d = Adam(discriminator.parameters(), args.lr, (0.5, 0.999), fused=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     if args.compile:
-        for network in networks:
-            network.compile()
+        generator.compile(dynamic=False)
+        discriminator.compile(dynamic=False)
 
-    # Go on where the checkpoint stopped, with --lr as it is now, and Adam's other settings as saved.
-    parts = {
+    state = {  # of a checkpoint
         "generator": generator,
         "discriminator": discriminator,
         "optimizer_g": optimizer_g,
         "optimizer_d": optimizer_d,
     }
-    rows = []  # of metrics, one for each epoch done
-    if checkpoint:
-        rows = checkpoint["metrics"]
-        for name, part in parts.items():
+    history = []  # a row of metrics for each epoch
+    if checkpoint:  # --lr may have changed
+        history = checkpoint["metrics"]
+        for name, part in state.items():
             part.load_state_dict(checkpoint[name])
         optimizer_g.param_groups[0]["lr"] = optimizer_d.param_groups[0]["lr"] = args.lr
 
     if RANK == 0:
-        args.out_dir = args.out_dir or first_free(Path("runs", NAME))
+        args.out_dir = args.out_dir or new_folder(f"runs/{NAME}")
         samples = args.out_dir / "samples"
         make_folder(samples)
-        save_grid(next(batches(images, 64, device)), samples / "real.png")
-    print(f"{len(images):,} images of {args.dataset}, on {device.type}, to {args.out_dir}")
-    for network in networks:
-        count = sum(p.numel() for p in network.parameters())
-        print(f"{type(network).__name__}: {count:,} parameters", flush=True)
+        save_grid(images[:: max(1, len(images) // 64)][:64] / 127.5 - 1, samples / "real.png")
+        print(f"{len(images) * WORLD_SIZE:,} images of {args.dataset}, {steps:,} steps per epoch")
+        print(f"on {device.type}, writing to {args.out_dir}", flush=True)
 
-    for epoch in range(len(rows) + 1, args.epochs + 1):
-        # A seed for each epoch and process, the same in every run: a resumed one draws what an
-        # uninterrupted one draws.
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        # Reseed every epoch, so that a resumed run draws what an uninterrupted one draws.
         torch.manual_seed(hash((args.seed, epoch, RANK)))
-        # The steps' metrics are added up (as a Counter's update() does) on the device: reading one waits.
-        sums = Counter()
-        began = shown = time.perf_counter()
-        for step, x in zip(range(1, steps + 1), batches(images, args.batch_size, device)):
-            # D: descend -log D(x) - log(1 - D(G(z))). The step is not G's: fake is detached. Real and
-            # fake go through D apart, or its BatchNorm would mix their statistics.
+        batches = torch.randperm(len(images), device=images.device).split(args.batch_size)[:steps]
+        sums = defaultdict(float)
+        # progress() shows the means of sums, and at the end of the epoch appends them to history.
+        for index in progress(batches, sums, history, args):
+            x = images[index].to(device) / 127.5 - 1
+            x = x.contiguous(memory_format=torch.channels_last)
             z = torch.randn(args.batch_size, args.latent_dim, device=device)
+
+            # D: minimize -log D(x) - log(1 - D(G(z))). fake is detached, since this step must not
+            # change G. Real and fake images go through D in separate batches, so that BatchNorm
+            # does not mix their statistics.
             with autocast:
                 fake = generator(z)
                 real_logits = discriminator(x).float()
@@ -196,395 +200,353 @@ def train(args, checkpoint):
             average_gradients(discriminator)
             optimizer_d.step()
 
-            # G: descend -log D(G(z)) through the new D, without D's gradients.
+            # G, through the updated D: minimize -log D(G(z)).
+            discriminator.requires_grad_(False)
             with autocast:
-                logits = discriminator(fake).float()
-            loss_g = generator_loss(logits)
+                logits = discriminator(fake)
+            loss_g = generator_loss(logits.float())
             optimizer_g.zero_grad()
-            loss_g.backward(inputs=list(generator.parameters()))
+            loss_g.backward()
             average_gradients(generator)
             optimizer_g.step()
+            discriminator.requires_grad_(True)
 
+            # Add up the metrics on the GPU. .item() would wait for it.
             with torch.no_grad():
-                d_real, d_fake = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
-                sums.update(loss_d=loss_d, loss_g=loss_g, d_real=d_real, d_fake=d_fake)
-            if step < steps and time.perf_counter() - shown > PAUSE:
-                show(summary(sums, step, batch, began, rows), args, step / steps)
-                shown = time.perf_counter()
+                sums["loss_d"] += loss_d
+                sums["loss_g"] += loss_g
+                sums["d_real"] += real_logits.sigmoid().mean()
+                sums["d_fake"] += fake_logits.sigmoid().mean()
 
-        row = summary(sums, steps, batch, began, rows)
-        if not all(p.isfinite().all() for p in networks.parameters()):
-            fail(f"weights not finite in epoch {epoch}, not saved: lower --lr")
-        rows.append(row)
         if RANK == 0:
-            # The checkpoint comes last: a run killed before it repeats the epoch, and these files.
-            save_grid(generate(generator, fixed_noise), samples / f"epoch_{epoch:04d}.png")
-            save(parts, rows, args)
-            show(row, args)
+            with torch.no_grad():
+                generator.eval()
+                grid = generator.forward(fixed_noise)  # uncompiled, or it would recompile for eval
+                generator.train()
+            if not grid.isfinite().all():
+                sys.exit(f"error: weights not finite in epoch {epoch}, not saved: lower --lr")
+            # The checkpoint comes last. A run killed before it repeats this epoch.
+            save_grid(grid, samples / f"epoch_{epoch:04d}.png")
+            save(state, history, args)
 
-    print(f"{len(rows)} epochs done, more by --resume {args.out_dir} --epochs N")
-    if RANKS > 1:
-        dist.destroy_process_group()
+    if RANK == 0:
+        print(f"{len(history)} epochs done, pictures in {samples}")
 
 
 def average_gradients(network):
-    """Replaces the gradients by their means over torchrun's processes, so that all make the same step."""
-    if RANKS > 1:
+    """Averages the gradients over all processes, so that they all take the same step."""
+    if WORLD_SIZE > 1:
         for p in network.parameters():
-            dist.all_reduce(p.grad.div_(RANKS))
+            dist.all_reduce(p.grad.div_(WORLD_SIZE))
 
 
 @torch.no_grad()
-def generate(generator, z):
-    """G(z) by BatchNorm's running averages, which it leaves as they are."""
-    generator.eval()
-    images = generator.forward(z)  # not compiled anew for these modes and sizes
-    generator.train()
-    return images
-
-
 def sample(args, checkpoint):
+    """Writes generated images, each to a file, and the first 64 of them as a grid."""
     device = select_device(args.cuda)
     generator = Generator(args.image_size, args.channels, args.latent_dim, args.width)
     generator.load_state_dict(checkpoint["generator"])
-    generator.to(device, memory_format=torch.channels_last)
+    generator.to(device, memory_format=torch.channels_last).eval()
     torch.manual_seed(args.seed)
+    name, z = "generated", torch.randn(args.num_samples or 64, args.latent_dim)
     if args.interpolate:
-        name, z = "interpolation", walks(args.interpolate, args.latent_dim)
-    else:
-        name, z = "generated", torch.randn(args.num_samples, args.latent_dim)
-    images = torch.cat([generate(generator, part.to(device)).cpu() for part in z.split(500)])
-    if args.dataset in ("synthetic", *DIGITS):  # without their padding
-        images = center_crop(images, [28, 28])
-    folder = first_free(args.out_dir / name)
-    for n, image in enumerate(images):
-        to_pil_image(image.add(1).mul(127.5).round().byte()).save(folder / f"{n:05d}.png")
-    save_grid(images[:64], folder.with_suffix(".png"))
-    print(f"{len(images):,} images in {folder}, a grid in {folder}.png")
+        # Eight points from a to b, all from N(0, I), since cos^2 + sin^2 = 1. On a straight line
+        # they would come too close to 0.
+        a, b = torch.randn(2, args.interpolate, 1, args.latent_dim)
+        t = torch.linspace(0, torch.pi / 2, 8)[:, None]
+        name, z = "interpolation", (t.cos() * a + t.sin() * b).flatten(0, 1)
 
-
-def walks(count, latent_dim):
-    """z (8 * count, latent_dim): `count` walks, each eight points from a draw a to a draw b. As cos^2 + sin^2 = 1, all are from
-    N(0, I), as a and b are; those of a straight line would be nearer to 0."""
-    a, b = torch.randn(2, count, 1, latent_dim)
-    t = torch.linspace(0, math.pi / 2, 8)[:, None]
-    return (t.cos() * a + t.sin() * b).flatten(0, 1)
-
-
-DOWNLOAD_ERRORS = (OSError, RuntimeError, LookupError, ValueError, AssertionError, EOFError)
-DOWNLOAD_ERRORS += (HTTPException,)
+    z = z.to(device)
+    folder = new_folder(args.out_dir / name)
+    size = 28 if args.dataset not in ("cifar10", "folder") else args.image_size  # without padding
+    for n in range(len(z)):  # one by one, so that memory does not grow with their number
+        image = center_crop(generator(z[n : n + 1])[0], size) * 127.5 + 128
+        to_pil_image(image.byte()).save(folder / f"{n:05d}.png")
+    save_grid(center_crop(generator(z[:64]), size), f"{folder}.png")
+    print(f"{len(z):,} images in {folder}, a grid in {folder}.png")
 
 
 def load_images(args):
-    """This process's share of the training set: uint8 (N, channels, image_size, image_size).
+    """Returns this process's share of the training set: uint8 (N, C, image_size, image_size).
 
-    Digits are padded with black, CIFAR-10 is resized. Where no set was named and MNIST cannot be had, warns and sets
-    args.dataset to synthetic."""
+    Pads digits with black, resizes CIFAR-10. Without --dataset and without MNIST, sets args.dataset
+    to synthetic."""
+    folder = args.data_dir or "data"
     if args.dataset == "folder":
-        paths = list_files(Path(args.data_dir))[RANK::RANKS]
-        read = partial(read_image, channels=args.channels, size=args.image_size)
-        return decode(read, paths, (args.channels, args.image_size, args.image_size))
-    named = args.dataset
-    args.dataset = named or "mnist"
-    source = DATASETS.get(args.dataset)
-    if source and RANK == 0:
-        socket.setdefaulttimeout(10)  # seconds: a dead network would hang
+        return read_folder(folder, args)
+    if args.data_dir and not args.dataset and not os.path.exists(f"{folder}/MNIST"):
+        if any(Path(folder).rglob("*.[jJpP]*[gG]")):
+            sys.exit(f"error: {folder} has images, but not MNIST: add --dataset folder")
+    source = DATASETS.get(args.dataset or "mnist")
+    if source and os.environ.get("LOCAL_RANK", "0") == "0":  # one process of each machine
+        socket.setdefaulttimeout(10)  # seconds, so that no download hangs
         try:
-            source(args.data_dir, download=True)
-        except DOWNLOAD_ERRORS as error:
-            site = source.mirrors if args.dataset in DIGITS else source.url
-            reason = f"no {args.dataset} in {args.data_dir}, nor at {site} ({error!r})"
-            # A named set is never replaced, and several processes must not find different ones.
-            if named or RANKS > 1:
-                fail(f"{reason}: put it there, or choose another --data-dir")
+            source(folder, download=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = "no network" if "urlopen error" in str(error) else repr(error)[:99]
+            reason = f"{source.__name__} is not in {folder}/ and cannot be downloaded ({reason})"
+            # What was named is not replaced, and several processes must train on the same set.
+            if args.dataset or args.data_dir or WORLD_SIZE > 1:
+                site = source.url if source is CIFAR10 else source.mirrors
+                sys.exit(f"error: {reason} from {site}")
             print(f"warning: {reason}: training on synthetic digits", file=sys.stderr)
             args.dataset = "synthetic"
-    if RANKS > 1:
-        dist.barrier()  # the first process has downloaded, the others find the files
+    if WORLD_SIZE > 1:
+        dist.barrier()  # wait for the download
+
+    args.dataset = args.dataset or "mnist"
     if args.dataset == "synthetic":
         images = synthetic_digits(20_000, seed=0)
     else:
-        images = source(args.data_dir).data
-    images = torch.as_tensor(images[RANK::RANKS])
+        images = torch.as_tensor(source(folder).data)
+    # Equal shares, so that all processes make the same number of steps.
+    images = images[RANK::WORLD_SIZE][: len(images) // WORLD_SIZE]
     if args.dataset == "cifar10":
         return resize(images.permute(0, 3, 1, 2), [args.image_size, args.image_size])
-    margin = (args.image_size - 28) // 2  # every image size is even
-    return F.pad(images, (margin,) * 4).unsqueeze(1)
+    if args.image_size < 28:
+        sys.exit("error: digits need --image-size 28 or more")
+    return center_crop(images, args.image_size).unsqueeze(1)  # pads what is smaller
 
 
-def list_files(folder):
-    """The paths of all files below `folder`, in order, without hidden ones."""
-    names = sorted(glob.glob("**", root_dir=folder, recursive=True))
-    return [folder / name for name in names if (folder / name).is_file()]
+def read_folder(folder, args):
+    """Returns this process's share of the images below `folder`, as load_images() does.
+
+    They are in a temporary file that is mapped into memory, so that the set may be larger than
+    memory. Labels of images that are skipped must be skipped here, too."""
+    if not os.path.isdir(folder):
+        sys.exit(f"error: --data-dir {folder} does not exist")
+    paths = glob.glob(f"{glob.escape(folder)}/**", recursive=True)  # without hidden files
+    paths = sorted(filter(os.path.isfile, paths))[RANK::WORLD_SIZE]
+    file, counts = tempfile.TemporaryFile(), [0]
+    with ThreadPoolExecutor() as pool:
+        images = pool.map(read_image, paths, itertools.repeat(args))
+        for path, (image, error) in zip(paths, images):
+            if error:
+                print(f"skipped {path}: {error}", file=sys.stderr)
+                continue
+            file.write(image.tobytes())
+            counts[0] += 1
+    if WORLD_SIZE > 1:  # some may have skipped more
+        counts *= WORLD_SIZE
+        dist.all_gather_object(counts, counts[0])
+    if min(counts) == 0:
+        sys.exit(f"error: {folder} has no images, or fewer than there are processes")
+    shape = (min(counts), args.image_size, args.image_size, args.channels or 3)
+    return torch.from_numpy(np.memmap(file, shape=shape)).permute(0, 3, 1, 2)
 
 
-def decode(read, paths, shape):
-    """read(path) of all paths, in order: uint8 (N, *shape), in a file of TMPDIR that is mapped into memory. A path for
-    which it raises BadImage is named and left out."""
-    size = len(paths) * math.prod(shape) * RANKS
-    folder = tempfile.gettempdir()
-    if size > shutil.disk_usage(folder).free:  # asked, as a full disk would kill the process
-        fail(f"{folder} has no room for {size:,} bytes of images: set TMPDIR")
-    # One image more, as an empty file cannot be mapped.
-    images = np.memmap(tempfile.TemporaryFile(), np.uint8, "w+", shape=(len(paths) + 1, *shape))
-    count = 0
-    pool = ThreadPool()
-    results = pool.imap(read, paths)
-    try:
-        for _ in paths:
-            try:
-                images[count] = next(results)
-                count += 1
-            except BadImage as error:
-                print(f"skipped {error}", file=sys.stderr)
-    finally:  # after Ctrl-C, too: a thread still within torch at the program's end aborts it
-        pool.terminate()
-        pool.join()
-    if count == 0:
-        fail(f"none of {len(paths):,} files could be used: is --data-dir the right folder?")
-    return torch.from_numpy(images[:count])
-
-
-class BadImage(Exception):
-    """A file that Pillow cannot read."""
-
-
-PILLOW_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
-PILLOW_ERRORS += (struct.error,)  # of a damaged EXIF part
-
-
-def read_image(path, channels, size):
-    """uint8 (channels, size, size): upright, the short side resized to `size`, the middle cut out. Raises BadImage."""
+def read_image(path, args):
+    """Returns the image, upright and cropped to a square, and None; or None and Pillow's error."""
+    size = (args.image_size, args.image_size)
     try:
         image = Image.open(path)
-        image.draft(None, (size, size))  # a large JPEG is decoded at a fraction of its size
+        image.draft(None, size)  # a large JPEG is decoded at a fraction of its size
         image = ImageOps.exif_transpose(image)
-    except PILLOW_ERRORS as error:
-        raise BadImage(f"{path}: {error}") from error
+    except Exception as error:  # Pillow raises many kinds
+        return None, error
     if image.mode.startswith("I"):  # 16 bits, which convert() would clip
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    image = ImageOps.fit(image.convert("RGB" if channels == 3 else "L"), (size, size))
-    return pil_to_tensor(image).numpy()
+    return ImageOps.fit(image.convert("L" if args.channels == 1 else "RGB"), size), None
 
 
 def synthetic_digits(count, seed):
     """`count` digits in Pillow's own font under random affine maps: uint8 (count, 28, 28)."""
     glyphs = torch.zeros(10, 1, 28, 28)
+    font = ImageFont.load_default(26)
     for digit in range(10):
         image = Image.new("L", (28, 28))
-        font = ImageFont.load_default(26)
         ImageDraw.Draw(image).text((14, 14), str(digit), 255, font, anchor="mm")
         glyphs[digit] = pil_to_tensor(image)
-    random = torch.Generator().manual_seed(seed)
-    labels = torch.randint(10, (count,), generator=random)
-    # The identity, each entry off by up to a quarter.
-    maps = torch.eye(2, 3) + torch.empty(count, 2, 3).uniform_(-0.25, 0.25, generator=random)
-    grid = F.affine_grid(maps, [count, 1, 28, 28], align_corners=False)
-    return F.grid_sample(glyphs[labels], grid, align_corners=False).byte().squeeze(1)
+
+    torch.manual_seed(seed)
+    glyphs = glyphs[torch.randint(10, (count,))]
+    # The identity, with each entry changed by up to a quarter.
+    maps = torch.eye(2, 3) + torch.empty(count, 2, 3).uniform_(-0.25, 0.25)
+    grid = F.affine_grid(maps, glyphs.shape, align_corners=False)
+    return F.grid_sample(glyphs, grid, align_corners=False).byte().squeeze(1)
 
 
-def batches(images, batch_size, device):
-    """One epoch in random order: floats (batch_size, C, H, W) in [-1, 1], the last batch perhaps of fewer."""
-    for index in torch.randperm(len(images), device=images.device).split(batch_size):
-        x = images.index_select(0, index).to(device).float().div(127.5).sub(1)
-        yield x.contiguous(memory_format=torch.channels_last)
+# Seconds between two lines of progress, and what a line starts and ends with. On a terminal: clear
+# the old one, cut the new one at the edge (?7l to ?7h), and go back to its start.
+PAUSE, START, END = 60, "", "\n"
+if sys.stdout.isatty():
+    PAUSE, START, END = 0.5, "\033[K\033[?7l", "\033[?7h\r"
 
 
-def fewest(steps, device):
-    """The number of steps that all processes can make; the program ends if one has too few images for any."""
-    steps = torch.tensor(steps, device=device)
-    if RANKS > 1:
-        dist.all_reduce(steps, dist.ReduceOp.MIN)
-    if steps == 0:
-        fail("too few images for a step: lower --batch-size")
-    return steps.item()
+def progress(batches, sums, history, args):
+    """Yields the batches of an epoch, and prints the means of `sums` over the steps so far.
+
+    At the end of the epoch, appends them to `history`. Ends the program if one is not finite."""
+    epoch = len(history) + 1
+    began = shown = perf_counter()
+    for step, batch in enumerate(batches, 1):
+        yield batch
+        done = step / len(batches)
+        if done < 1 and perf_counter() - shown < PAUSE:
+            continue
+
+        row = {name: float(total) / step for name, total in sums.items()}  # waits for the GPU
+        if not all(map(math.isfinite, row.values())):
+            sys.exit(f"error: loss not finite in epoch {epoch}, not saved: lower --lr: {row}")
+        shown = perf_counter()
+        seconds = shown - began
+        rate = step * len(batch) * WORLD_SIZE / seconds
+        left = ((args.epochs - epoch + 1) / done - 1) * seconds / 60
+        line = f"{START}epoch {epoch}/{args.epochs}  {done:.0%}  {left:.0f} min left"
+        for name, mean in row.items():
+            line += f"  {name} {mean:.3g}"
+        if RANK == 0:
+            end = END if done < 1 else END.replace("\r", "\n")
+            print(f"{line}  {rate:,.0f} images/s", end=end, flush=True)
+
+    if history:
+        seconds += history[-1]["seconds"]  # of the whole run
+    history.append({"epoch": epoch, **row, "images_per_second": rate, "seconds": seconds})
 
 
-TERMINAL = sys.stdout.isatty()
-PAUSE = 0.5 if TERMINAL else 60  # seconds between lines of progress within an epoch
-
-
-def summary(sums, step, batch, began, rows):
-    """The row of metrics after `step` steps, of `batch` images each: their means, images per second, and the run's seconds."""
-    row = {"epoch": len(rows) + 1}
-    row |= {name: total.item() / step for name, total in sums.items()}  # waits for the GPU
-    seconds = time.perf_counter() - began
-    before = rows[-1]["seconds"] if rows else 0
-    return {**row, "images_per_second": step * batch / seconds, "seconds": before + seconds}
-
-
-def show(row, args, part=1):
-    """Prints the metrics after a part of the epoch, and the time left at the run's mean rate."""
-    numbers = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
-    left = row["seconds"] * (args.epochs / (row["epoch"] - 1 + part) - 1) / 60
-    line = f"{left:.1f} min left, {part:.0%} of {numbers}"
-    if TERMINAL and part < 1:  # ?7l cuts it off at the edge, K erases what stands there
-        print(f"\033[?7l{line}\033[K\033[?7h", end="\r", flush=True)
-    else:
-        print(f"\033[K{line}" if TERMINAL else line, flush=True)
-
-
-def save(parts, rows, args):
-    """Writes metrics.csv. Every --save-every or --keep-every epochs, and after the last one, replaces checkpoint.pt in one
-    step, too: after a kill or on a full disk it is the old one or the new one."""
+def save(state, history, args):
+    """Writes metrics.csv, and replaces checkpoint.pt in one step: a kill or a full disk leaves the
+    old one or the new one."""
+    flags = vars(args).copy()
+    for name in THIS_COMMAND:
+        del flags[name]
+    # JSON makes plain values of all, as weights_only=True asks. argparse makes paths of strings.
+    checkpoint = json.dumps({"script": NAME, "args": flags, "metrics": history}, default=os.fspath)
+    checkpoint = json.loads(checkpoint)
     with open(args.out_dir / "metrics.csv", "w") as file:
-        writer = csv.DictWriter(file, rows[-1], extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, history[-1], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
-    epoch = len(rows)
-    keep = args.keep_every and epoch % args.keep_every == 0
-    if not keep and epoch % args.save_every and epoch != args.epochs:
-        return
-    flags = {name: value for name, value in vars(args).items() if name not in ONE_COMMAND}
-    # Plain values, whatever a new flag or metric is: load_checkpoint() takes no others.
-    checkpoint = {"script": NAME, "torch": torch.__version__, "args": flags, "metrics": rows}
-    checkpoint = json.loads(json.dumps(checkpoint, default=str))
-    for name, part in parts.items():
+        writer.writerows(history)
+
+    for name, part in state.items():
         checkpoint[name] = part.state_dict()
-    with open(args.out_dir / "checkpoint.part", "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if keep:
-        shutil.copy(file.name, args.out_dir / f"checkpoint_{epoch:04d}.pt")
-    os.replace(file.name, args.out_dir / "checkpoint.pt")
+    names = ["checkpoint.pt"]
+    if args.keep_every and len(history) % args.keep_every == 0:
+        names.insert(0, f"checkpoint_{len(history):04d}.pt")
+    for name in names:
+        with open(args.out_dir / "checkpoint.part", "wb") as file:
+            torch.save(checkpoint, file)
+        os.replace(file.name, args.out_dir / name)
 
 
-def load_checkpoint(path):
-    """What save() wrote to `path`. Runs no code in it; ends with one line if it is anything else."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["script"] != NAME:
-            raise ValueError(checkpoint["script"])
-        return checkpoint
-    except Exception as error:  # torch.load raises eight kinds
-        fail(f"{path} is no checkpoint of {NAME}.py, or damaged: {error!r:.200}")
-
-
-def first_free(path):
-    """Makes the first folder of `path`, `path`-2, `path`-3, ... that is not there yet, and returns its path."""
-    free = path
-    for n in itertools.count(2):
-        if not os.path.exists(free.with_suffix(".png")) and make_folder(free):
-            return free
-        free = path.with_name(f"{path.name}-{n}")
+def new_folder(path):
+    """Makes and returns the first of the folders `path`, `path`-2, `path`-3, ... that is new."""
+    for n in itertools.count(1):
+        folder = Path(f"{path}-{n}" if n > 1 else path)
+        # Samples may have been moved away from their grid, which is not overwritten.
+        if not os.path.exists(f"{folder}.png") and make_folder(folder):
+            return folder
 
 
 def make_folder(path):
-    """Makes the folder; False if it was there, perhaps made just now by another run."""
+    """Makes the folder. Returns False if it was there, perhaps made just now by another process."""
     try:
         path.mkdir(parents=True)
         return True
     except OSError as error:
         if not os.path.isdir(path):
-            fail(f"cannot make the folder {path}: {error.strerror}")
+            sys.exit(f"error: cannot make the folder {path}: {error.strerror}")
         return False
 
 
-def fail(reason):
-    """Ends the program with one line on stderr: for what its user can mend."""
-    sys.exit(f"{NAME}.py: error: {reason}")
+# Flags that are not saved in a checkpoint, since they are about one command.
+THIS_COMMAND = ("cuda", "out_dir", "resume", "sample", "num_samples", "interpolate")
 
 
-# Flags of one command, which a checkpoint does not keep, those that it fixes, and those of which 0 is a value.
-ONE_COMMAND = ("cuda", "out_dir", "resume", "sample", "num_samples", "interpolate")
-FIXED = ("dataset", "image_size", "channels", "latent_dim", "width")
-MAY_BE_ZERO = ("seed",)
+def positive(text):
+    """For argparse: a whole number of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
+def image_size(text):
+    """For argparse: 4 to 7 times a power of two, which halving can reach."""
+    base, _ = base_and_channels(int(text), 1)
+    if int(text) < 8 or not 4 <= base <= 7:
+        raise argparse.ArgumentTypeError("must be 4 to 7 times a power of two: 8, 10, ..., 64, 80")
+    return int(text)
 
 
 def parse_args(argv=None):
-    """The arguments, and the checkpoint that --resume or --sample names, else None."""
-    about = __doc__.split("\n\n")[0]
-    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=about)
-    yes_or_no = argparse.BooleanOptionalAction
-
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, default=25, help="passes over the training set (%(default)s)")
-    add("--batch-size", type=int, default=128, help="images per step and process (%(default)s)")
-    add("--lr", type=float, default=2e-4, help="learning rate of Adam (%(default)s)")
-    add("--seed", type=int, default=0, help="repeats a CPU run to the bit (%(default)s)")
-    add("--cuda", action="store_true", help="use the GPU; under torchrun, each process its own")
-    add("--bf16", action=yes_or_no, default=False, help="autocast to bfloat16")
-    add("--compile", action=yes_or_no, default=False, help="torch.compile the networks")
-
-    add = parser.add_argument_group("data").add_argument
-    add(
-        "--dataset",
-        choices=(*DATASETS, "synthetic", "folder"),
-        help="default: mnist, or synthetic if it cannot be had",
+    """Returns the arguments, and the checkpoint that --resume or --sample names, else None."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,  # so that an error is one line
+        epilog=__doc__.partition("\n\nWrites to")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    where = "where the sets are, or a folder's images (data)"
-    add("--data-dir", type=os.path.abspath, default="data", help=where)
-    add("--image-size", type=int, help="4 to 7 times a power of two (32; folder: 64)")
-    add("--channels", type=int, choices=(1, 3), help="of a folder: gray or colour (3)")
-
-    add = parser.add_argument_group("networks").add_argument
-    add("--latent-dim", type=int, default=100, help="size of z (%(default)s)")
-    add("--width", type=int, default=64, help="channels of the narrowest level (%(default)s)")
-
-    add = parser.add_argument_group("files").add_argument
-    add("--out-dir", type=Path, help=f"default: the first free of runs/{NAME}, ...")
-    add("--save-every", type=int, default=1, help="epochs between checkpoints (%(default)s)")
-    add("--keep-every", type=int, help="also keep every N-th epoch's, as checkpoint_0025.pt")
-    add("--resume", type=Path, help="go on from that checkpoint, or that run's folder")
-    add("--sample", type=Path, help="no training: write images from that checkpoint")
-    add("--num-samples", type=int, default=64, help="images that --sample writes (%(default)s)")
-    add("--interpolate", type=int, help="with --sample: so many walks between two z")
+    add = parser.add_argument
+    number = {"type": positive, "metavar": "N"}
+    switch = {"action": argparse.BooleanOptionalAction, "default": False}
+    add("--epochs", **number, default=25, help="passes over the training set (%(default)s)")
+    add("--batch-size", **number, default=128, help="images per step and process (%(default)s)")
+    add("--lr", type=float, default=2e-4, help="Adam's learning rate (%(default)s)")
+    add("--seed", type=int, default=0, help="makes CPU runs bit-reproducible (0)")
+    add("--cuda", action="store_true", help="use the GPU; under torchrun, one per process")
+    add("--bf16", **switch, help="autocast to bfloat16")
+    add("--compile", **switch, help="torch.compile the networks")
+    sets = (*DATASETS, "synthetic", "folder")
+    add("--dataset", choices=sets, help="default: mnist, if available")
+    add("--data-dir", type=os.path.abspath, help="where the data sets are, or your images (data)")
+    add("--image-size", type=image_size, metavar="N", help="64 for a folder, else 32")
+    add("--channels", type=int, choices=(1, 3), help="of a folder, 1 for gray (3)")
+    add("--latent-dim", **number, default=100, help="size of z (%(default)s)")
+    add("--width", **number, default=64, help="channels of the narrowest level (%(default)s)")
+    add("--out-dir", type=Path, help="default: a new folder in runs/")
+    add("--keep-every", **number, help="also keep every N-th epoch's checkpoint")
+    add("--resume", type=Path, help="continue that run, or that checkpoint's")
+    add("--sample", type=Path, help="write images from that run or checkpoint")
+    add("--num-samples", **number, help="with --sample: number of images (64)")
+    add("--interpolate", **number, help="with --sample: number of interpolations")
 
     args, checkpoint = parser.parse_args(argv), None
+    if args.out_dir and not args.sample and os.path.isdir(args.out_dir):
+        if os.listdir(args.out_dir):
+            parser.error(f"{args.out_dir} is not empty: use another --out-dir, or only --resume")
     path = args.resume or args.sample
     if path:
         if os.path.isdir(path):
             path /= "checkpoint.pt"
-        # What the checkpoint keeps becomes the defaults, so that no other flag is needed.
-        checkpoint = load_checkpoint(path)
-        parser.set_defaults(out_dir=path.parent, **checkpoint["args"])
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            script = checkpoint["script"]
+        except FileNotFoundError:
+            parser.error(f"{path} does not exist")
+        except Exception:  # torch.load raises many kinds
+            parser.error(f"{path} is damaged, or not a checkpoint")
+        if script != NAME:
+            parser.error(f"{path} is of {script}.py")
+        # What the checkpoint saved becomes the default, so that no flag need be repeated.
+        parser.set_defaults(**checkpoint["args"])
+        if args.sample or path.name == "checkpoint.pt":
+            parser.set_defaults(out_dir=path.parent)
         args = parser.parse_args(argv)
-        for name in FIXED:
-            if getattr(args, name) != checkpoint["args"].get(name):
-                parser.error(f"--{name.replace('_', '-')} is fixed by {path}: leave it out")
 
-    if args.channels and not path and args.dataset != "folder":
-        parser.error("--channels is for --dataset folder")
-    colored = args.dataset in ("cifar10", "folder")
-    if args.channels is None:
-        args.channels = 3 if colored else 1
-    if args.image_size is None:
-        args.image_size = 64 if args.dataset == "folder" else 32
-    smallest = 8 if colored else 28  # digits are padded, never cropped
-    base, _ = base_and_channels(args.image_size, args.width)
-    if args.image_size < smallest or not 4 <= base <= 7:
-        sizes = f"4 to 7 times a power of two, {smallest} or more (28, 32, 40, 48, 56, 64, ...)"
-        parser.error(f"--image-size {args.image_size} is not {sizes}")
-    for name, value in vars(args).items():
-        if type(value) not in (int, float) or (value == 0 and name in MAY_BE_ZERO):
-            continue
-        if not 0 < value < 2**31:
-            parser.error(f"--{name.replace('_', '-')} {value} is too small or too large")
-    if args.sample and (args.resume or RANKS > 1):
-        parser.error("--sample goes without --resume, and without torchrun")
-    if args.interpolate and not args.sample:
-        parser.error("--interpolate needs --sample")
-    if args.out_dir and not args.sample and os.path.isdir(args.out_dir):
-        if path != args.out_dir / "checkpoint.pt" and any(args.out_dir.glob("checkpoint*.pt")):
-            parser.error(f"{args.out_dir} holds a run: --resume it, or use another --out-dir")
+    if not 0 < args.lr <= 1:
+        parser.error("--lr must be above 0 and at most 1")
+    args.image_size = args.image_size or (64 if args.dataset == "folder" else 32)
+    if (args.num_samples or args.interpolate) and not args.sample:
+        parser.error("--num-samples and --interpolate need --sample")
+    if args.sample and (args.resume or WORLD_SIZE > 1):
+        parser.error("--sample does not work with --resume or torchrun")
     return args, checkpoint
 
 
 def main():
     args, checkpoint = parse_args()
-    if RANK:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     try:
-        run = sample if args.sample else train
-        run(args, checkpoint)
+        if args.sample:
+            sample(args, checkpoint)
+        else:
+            train(args, checkpoint)
     except KeyboardInterrupt:
-        saved = run is train and args.out_dir and (args.out_dir / "checkpoint.pt").exists()
-        advice = f": python {NAME}.py --resume {args.out_dir} goes on" if saved else ""
-        print(f"\nstopped{advice}", file=sys.stderr)
+        line = "stopped"
+        if args.out_dir and (args.out_dir / "checkpoint.pt").exists():
+            line += f"; to continue: python {NAME}.py --resume {args.out_dir}"
+        print(f"\n{line}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -27,6 +27,7 @@ import pix2pix  # noqa: E402
 import vae  # noqa: E402
 
 SCRIPTS = {"vae": vae, "gan": gan, "dcgan": dcgan, "pix2pix": pix2pix}
+NEW = ["gan", "dcgan"]  # the scripts that share the newer blocks
 
 # What makes each script's networks so small that an epoch takes hundredths of a second.
 SMALL = {

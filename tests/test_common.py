@@ -30,5 +30,5 @@ def test_more_processes_than_gpus_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(SystemExit, match="--nproc-per-node is at most 2"):
+    with pytest.raises(SystemExit, match="has 2 GPUs: lower --nproc-per-node"):
         common.select_device(True)

@@ -32,7 +32,7 @@ def finished(data_dir, tmp_path_factory):
 
 def averaged_generator(out_dir):
     """What --sample draws with."""
-    generator = gan.Generator(5, 4)
+    generator = gan.Generator(5, 4).eval().requires_grad_(False)
     generator.load_state_dict(load(out_dir)["averaged"])
     return generator
 
@@ -47,7 +47,7 @@ def seeded(seed):
 def test_networks_are_the_described():
     generator, discriminator = gan.Generator(7, 4), gan.Discriminator(4)
     images = generator(torch.randn(3, 7))
-    assert images.shape == (3, 784)
+    assert images.shape == (3, 1, 28, 28)
     assert images.abs().max() < 1
     assert discriminator(images).shape == (3,)
 
@@ -55,10 +55,10 @@ def test_networks_are_the_described():
     expected = [nn.Linear(7, 4), nn.BatchNorm1d(4), leaky]
     expected += [nn.Linear(4, 8), nn.BatchNorm1d(8), leaky]
     expected += [nn.Linear(8, 16), nn.BatchNorm1d(16), leaky]
-    expected += [nn.Linear(16, 784), nn.Tanh()]
+    expected += [nn.Linear(16, 784), nn.Tanh(), nn.Unflatten(1, (1, 28, 28))]
     assert list(map(str, generator)) == list(map(str, expected))
 
-    expected = [nn.Linear(784, 16), leaky, dropout]
+    expected = [nn.Flatten(), nn.Linear(784, 16), leaky, dropout]
     expected += [nn.Linear(16, 8), leaky, dropout]
     expected += [nn.Linear(8, 4), leaky, dropout]
     expected += [nn.Linear(4, 1), nn.Flatten(0)]
@@ -207,7 +207,7 @@ def test_a_run_is_algorithm_1(d_steps, saturating, data_dir, tmp_path):
     out = train(
         data_dir, tmp_path / "run", *flags, "--saturating" if saturating else "--no-saturating"
     )
-    images = gan.synthetic_digits(256, 0).flatten(1)
+    images = gan.synthetic_digits(256, 0).unsqueeze(1)
     *networks, metrics = algorithm_1(images, 2, d_steps, saturating)
     found = load(out)
     for part, expected in zip(("generator", "discriminator", "averaged"), networks):
@@ -222,13 +222,6 @@ def test_a_run_is_algorithm_1(d_steps, saturating, data_dir, tmp_path):
     np.testing.assert_allclose(list(found["metrics"][1].values())[1:5], metrics, rtol=1e-3)
 
 
-def test_batches_hold_every_image_once_in_an_order_of_their_own():
-    images = torch.arange(256)[:, None]
-    first, second = (torch.cat(list(gan.batches(images, 100))) for _ in range(2))
-    assert torch.equal(first.sort(0).values, images)
-    assert not torch.equal(first, second)
-
-
 def ring(count):
     """Points of eight Gaussians on a circle, (count, 2), and the eight centres."""
     angle = torch.arange(8) * math.pi / 4
@@ -237,13 +230,26 @@ def ring(count):
     return centers[torch.arange(count) % 8] + noise, centers
 
 
+def of_points(network, *sizes):
+    """The network with two pixels in place of 784."""
+    layers = network(*sizes)
+    for n, layer in enumerate(layers):
+        if isinstance(layer, nn.Linear) and layer.in_features == 784:
+            layers[n] = nn.Linear(2, layer.out_features)
+        if isinstance(layer, nn.Linear) and layer.out_features == 784:
+            layers[n] = nn.Linear(layer.in_features, 2)
+        if isinstance(layer, nn.Unflatten):
+            layers[n] = nn.Identity()
+    return layers
+
+
 def test_all_modes_of_a_ring_of_gaussians_are_found(tmp_path, monkeypatch):
     """train() itself, its networks, losses and loop, on images of two pixels."""
     points, centers = ring(20_000)
     monkeypatch.setattr(gan, "load_images", lambda args: points)
-    monkeypatch.setattr(gan, "Generator", partial(gan.Generator, pixels=2))
-    monkeypatch.setattr(gan, "Discriminator", partial(gan.Discriminator, pixels=2))
-    monkeypatch.setattr(gan, "to_images", lambda x: torch.zeros(1, 1, 28, 28))
+    monkeypatch.setattr(gan, "save_grid", lambda images, path: None)
+    for network in (gan.Generator, gan.Discriminator):
+        monkeypatch.setattr(gan, network.__name__, partial(of_points, network))
     flags = ["--latent-dim", 8, "--width", 64, "--epochs", 5, "--batch-size", 128, "--lr", 1e-3]
     assert run("--dataset", "synthetic", "--out-dir", tmp_path, *flags) == 0
 
@@ -270,23 +276,10 @@ def test_grid_is_of_the_average_and_the_same_noise_every_epoch(data_dir, finishe
     z = torch.randn(64, 5)
     first = train(data_dir, tmp_path / "run", "--epochs", 1)
     for out, epoch in ((first, 1), (finished, 2)):
-        images = gan.generate(averaged_generator(out), z)
+        images = averaged_generator(out)(z)
         grid = np.asarray(Image.open(out / "samples" / f"epoch_000{epoch}.png").convert("L"))
         assert np.abs(show((images + 1) * 127.5) - grid).max() <= 1
         assert grid.std() > 5  # or there is nothing to compare
-
-
-def test_a_grid_leaves_the_training_as_it_was():
-    generator = gan.Generator(5, 4)
-    generator(torch.randn(8, 5))
-    before, random = copy.deepcopy(generator.state_dict()), torch.get_rng_state()
-    z = torch.randn(4, 5, generator=seeded(1))
-    images = gan.generate(generator, z)
-    assert same(before, generator.state_dict())
-    assert torch.equal(random, torch.get_rng_state())
-    assert generator.training
-    assert not images.requires_grad
-    torch.testing.assert_close(gan.generate(generator, z[:1]), images[:1])  # not of those beside it
 
 
 def test_samples_are_single_gray_images_of_28_pixels(finished, tmp_path):
@@ -300,28 +293,34 @@ def test_samples_are_single_gray_images_of_28_pixels(finished, tmp_path):
     assert all(image.shape == (28, 28) and image.dtype == np.uint8 for image in images)
 
     z = torch.randn(70, 5, generator=seeded(0))
-    expected = (gan.generate(averaged_generator(finished), z)[:, 0].numpy() + 1) * 127.5
+    expected = (averaged_generator(finished)(z)[:, 0].numpy() + 1) * 127.5
     np.testing.assert_allclose(np.stack(images), expected, atol=0.51)
     assert not np.array_equal(
         images[0], np.asarray(Image.open(tmp_path / "generated-2" / "00000.png"))
     )
 
 
-def test_walks_stay_in_the_distribution_of_z(finished, tmp_path):
-    """From one z to another, at each of the eight points N(0, I), and in equal steps."""
-    torch.manual_seed(0)
-    z = gan.walks(4000, 6).view(4000, 8, 6)
-    torch.manual_seed(0)
-    torch.testing.assert_close(z[:, [0, 7]], torch.randn(2, 4000, 6).transpose(0, 1))
-    angle = torch.arange(8) * math.pi / 14
-    covariance = torch.einsum("nid,njd->ij", z, z) / 24_000  # of a walk's points
-    torch.testing.assert_close(covariance, torch.cos(angle[:, None] - angle), rtol=0, atol=0.03)
+def test_interpolations_go_from_one_draw_to_another(finished, tmp_path, monkeypatch):
+    """In eight equal steps, each of which is distributed as N(0, I)."""
+    drawn = []
 
-    words = ["--sample", finished / "checkpoint.pt", "--interpolate", 3, "--out-dir", tmp_path]
+    class Generator(gan.Generator):
+        def forward(self, z):
+            drawn.append(z)
+            return super().forward(z)
+
+    monkeypatch.setattr(gan, "Generator", Generator)
+    words = ["--sample", finished / "checkpoint.pt", "--interpolate", 500, "--out-dir", tmp_path]
     assert run(*words) == 0
-    assert len(list((tmp_path / "interpolation").iterdir())) == 24
-    generator = averaged_generator(finished)
-    torch.manual_seed(0)
-    images = gan.generate(generator, gan.walks(3, 5))
+    assert len(list((tmp_path / "interpolation").iterdir())) == 4000
+    z = torch.cat(drawn[:4000]).view(500, 8, 5)
+    angle = torch.arange(8) * math.pi / 14
+    covariance = torch.einsum("nid,njd->ij", z, z) / 2500
+    torch.testing.assert_close(covariance, torch.cos(angle[:, None] - angle), rtol=0, atol=0.1)
+
+    a, b = z[:, :1], z[:, 7:]
+    t = angle[:, None]
+    torch.testing.assert_close(z, t.cos() * a + t.sin() * b)
     grid = np.asarray(Image.open(tmp_path / "interpolation.png").convert("L"))
+    images = averaged_generator(finished)(z.flatten(0, 1)[:64])
     assert np.abs(show((images + 1) * 127.5) - grid).max() <= 1
