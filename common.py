@@ -56,7 +56,12 @@ def join(device):
         timeout=timedelta(hours=2),
         device_id=gpu,
     )
-    atexit.register(dist.destroy_process_group)
+    atexit.register(leave)
+
+
+def leave():
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def save_grid(images, path, columns=8, value_range=(-1, 1)):
