@@ -36,7 +36,7 @@ def select_device(cuda):
 
 
 def join(device):
-    """Joins torchrun's other processes; ends with one line if one of them ended before it joined."""
+    """Joins torchrun's other processes. Ends with one line if one of them ended before joining."""
     soon = timedelta(seconds=45)
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=soon))
@@ -45,8 +45,8 @@ def join(device):
     except RuntimeError:
         sys.exit("error: another process has ended, or did not start within 45 seconds")
 
-    # Two hours, as the others wait while one process downloads or evaluates. If it ends instead,
-    # its connections close, and they notice at once.
+    # The timeout is two hours, because the other processes wait while one downloads or evaluates. If
+    # a process ends, its connections close, and the others fail at once.
     gpu = device if device.type == "cuda" else None
     dist.init_process_group(
         "nccl" if gpu else "gloo",

@@ -54,7 +54,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there ar
 DATASETS = {"mnist": MNIST, "fashion-mnist": FashionMNIST, "cifar10": CIFAR10}
 
 
-def base_and_channels(image_size, width):
+def base_and_widths(image_size, width):
     """Halves image_size until it is at most 7. Returns that side, and the channels of each level on
     the way, from `width` on."""
     base, channels = image_size, []
@@ -67,10 +67,10 @@ def base_and_channels(image_size, width):
 class Generator(nn.Sequential):
     """Maps z (B, latent_dim) to images (B, channels, image_size, image_size) in (-1, 1): figure 1.
 
-    A copy that takes more than z should be an nn.Module with a forward() of its own."""
+    To add inputs such as labels, make it an nn.Module with a forward() of its own."""
 
     def __init__(self, image_size, channels, latent_dim, width):
-        base, widths = base_and_channels(image_size, width)
+        base, widths = base_and_widths(image_size, width)
         c = widths[-1]
         layers = [
             nn.Linear(latent_dim, c * base**2, bias=False),
@@ -92,7 +92,7 @@ class Discriminator(nn.Sequential):
     """Maps images (B, channels, image_size, image_size) to logits (B,); D(x) is their sigmoid."""
 
     def __init__(self, image_size, channels, width):
-        base, widths = base_and_channels(image_size, width)
+        base, widths = base_and_widths(image_size, width)
         # No BatchNorm on D's input, nor on G's output: section 3.
         layers = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
         for before, after in itertools.pairwise(widths):
@@ -136,7 +136,7 @@ def train(args, checkpoint):
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
         images = images.to(device)  # they fit into half of its free memory
     if args.channels not in (None, images.shape[1]):
-        sys.exit("error: --channels is for --dataset folder")
+        sys.exit("error: --channels works only with --dataset folder")
     args.channels = images.shape[1]
     steps = len(images) // args.batch_size
     if steps == 0:
@@ -155,18 +155,25 @@ def train(args, checkpoint):
         generator.compile(dynamic=False)
         discriminator.compile(dynamic=False)
 
-    state = {  # of a checkpoint
+    state = {  # what a checkpoint restores
         "generator": generator,
         "discriminator": discriminator,
         "optimizer_g": optimizer_g,
         "optimizer_d": optimizer_d,
     }
     history = []  # a row of metrics for each epoch
-    if checkpoint:  # --lr may have changed
+    if checkpoint:
         history = checkpoint["metrics"]
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
+        # The optimizers restore the old learning rate, but --lr may be new.
         optimizer_g.param_groups[0]["lr"] = optimizer_d.param_groups[0]["lr"] = args.lr
+
+    if WORLD_SIZE > 1:
+        epochs = [0] * WORLD_SIZE
+        dist.all_gather_object(epochs, len(history))
+        if len(set(epochs)) > 1:
+            sys.exit(f"error: the processes have different checkpoints, after epochs {epochs}")
 
     if RANK == 0:
         args.out_dir = args.out_dir or new_folder(f"runs/{NAME}")
@@ -225,7 +232,7 @@ def train(args, checkpoint):
                 generator.train()
             if not grid.isfinite().all():
                 sys.exit(f"error: weights not finite in epoch {epoch}, not saved: lower --lr")
-            # The checkpoint comes last. A run killed before it repeats this epoch.
+            # Save the checkpoint last: a run killed before that repeats this epoch.
             save_grid(grid, samples / f"epoch_{epoch:04d}.png")
             save(state, history, args)
 
@@ -275,17 +282,17 @@ def load_images(args):
     if args.dataset == "folder":
         return read_folder(folder, args)
     if args.data_dir and not args.dataset and not os.path.exists(f"{folder}/MNIST"):
-        if any(Path(folder).rglob("*.[jJpP]*[gG]")):
+        if any(Path(folder).rglob("*.[jJpP]*[gG]")):  # .jpg, .jpeg or .png
             sys.exit(f"error: {folder} has images, but not MNIST: add --dataset folder")
     source = DATASETS.get(args.dataset or "mnist")
     if source and os.environ.get("LOCAL_RANK", "0") == "0":  # one process of each machine
         socket.setdefaulttimeout(10)  # seconds, so that no download hangs
         try:
             source(folder, download=True)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, EOFError) as error:
             reason = "no network" if "urlopen error" in str(error) else repr(error)[:99]
             reason = f"{source.__name__} is not in {folder}/ and cannot be downloaded ({reason})"
-            # What was named is not replaced, and several processes must train on the same set.
+            # Never replace what the user named. Several processes must train on the same set.
             if args.dataset or args.data_dir or WORLD_SIZE > 1:
                 site = source.url if source is CIFAR10 else source.mirrors
                 sys.exit(f"error: {reason} from {site}")
@@ -312,21 +319,20 @@ def read_folder(folder, args):
     """Returns this process's share of the images below `folder`, as load_images() does.
 
     They are in a temporary file that is mapped into memory, so that the set may be larger than
-    memory. Labels of images that are skipped must be skipped here, too."""
+    memory. If you add labels, leave out those of skipped images."""
     if not os.path.isdir(folder):
         sys.exit(f"error: --data-dir {folder} does not exist")
     paths = glob.glob(f"{glob.escape(folder)}/**", recursive=True)  # without hidden files
     paths = sorted(filter(os.path.isfile, paths))[RANK::WORLD_SIZE]
     file, counts = tempfile.TemporaryFile(), [0]
     with ThreadPoolExecutor() as pool:
-        images = pool.map(read_image, paths, itertools.repeat(args))
-        for path, (image, error) in zip(paths, images):
+        for path, (image, error) in zip(paths, pool.map(read_image, paths, itertools.repeat(args))):
             if error:
                 print(f"skipped {path}: {error}", file=sys.stderr)
                 continue
             file.write(image.tobytes())
             counts[0] += 1
-    if WORLD_SIZE > 1:  # some may have skipped more
+    if WORLD_SIZE > 1:  # another process may have skipped more files
         counts *= WORLD_SIZE
         dist.all_gather_object(counts, counts[0])
     if min(counts) == 0:
@@ -410,10 +416,8 @@ def progress(batches, sums, history, args):
 def save(state, history, args):
     """Writes metrics.csv, and replaces checkpoint.pt in one step: a kill or a full disk leaves the
     old one or the new one."""
-    flags = vars(args).copy()
-    for name in THIS_COMMAND:
-        del flags[name]
-    # JSON makes plain values of all, as weights_only=True asks. argparse makes paths of strings.
+    flags = {name: value for name, value in vars(args).items() if name not in THIS_COMMAND}
+    # weights_only=True requires plain values. argparse makes paths of strings again.
     checkpoint = json.dumps({"script": NAME, "args": flags, "metrics": history}, default=os.fspath)
     checkpoint = json.loads(checkpoint)
     with open(args.out_dir / "metrics.csv", "w") as file:
@@ -433,16 +437,16 @@ def save(state, history, args):
 
 
 def new_folder(path):
-    """Makes and returns the first of the folders `path`, `path`-2, `path`-3, ... that is new."""
+    """Makes and returns the first of the folders `path`, `path`-2, `path`-3, ... that is free."""
     for n in itertools.count(1):
         folder = Path(f"{path}-{n}" if n > 1 else path)
-        # Samples may have been moved away from their grid, which is not overwritten.
+        # Never overwrite a grid of samples, even if its folder is gone.
         if not os.path.exists(f"{folder}.png") and make_folder(folder):
             return folder
 
 
 def make_folder(path):
-    """Makes the folder. Returns False if it was there, perhaps made just now by another process."""
+    """Makes the folder. Returns False if it exists, perhaps made just now by another process."""
     try:
         path.mkdir(parents=True)
         return True
@@ -452,7 +456,7 @@ def make_folder(path):
         return False
 
 
-# Flags that are not saved in a checkpoint, since they are about one command.
+# Flags of one command only, which a checkpoint does not keep.
 THIS_COMMAND = ("cuda", "out_dir", "resume", "sample", "num_samples", "interpolate")
 
 
@@ -465,7 +469,7 @@ def positive(text):
 
 def image_size(text):
     """For argparse: 4 to 7 times a power of two, which halving can reach."""
-    base, _ = base_and_channels(int(text), 1)
+    base, _ = base_and_widths(int(text), 1)
     if int(text) < 8 or not 4 <= base <= 7:
         raise argparse.ArgumentTypeError("must be 4 to 7 times a power of two: 8, 10, ..., 64, 80")
     return int(text)
@@ -497,15 +501,12 @@ def parse_args(argv=None):
     add("--width", **number, default=64, help="channels of the narrowest level (%(default)s)")
     add("--out-dir", type=Path, help="default: a new folder in runs/")
     add("--keep-every", **number, help="also keep every N-th epoch's checkpoint")
-    add("--resume", type=Path, help="continue that run, or that checkpoint's")
+    add("--resume", type=Path, help="continue from that run or checkpoint")
     add("--sample", type=Path, help="write images from that run or checkpoint")
     add("--num-samples", **number, help="with --sample: number of images (64)")
     add("--interpolate", **number, help="with --sample: number of interpolations")
 
     args, checkpoint = parser.parse_args(argv), None
-    if args.out_dir and not args.sample and os.path.isdir(args.out_dir):
-        if os.listdir(args.out_dir):
-            parser.error(f"{args.out_dir} is not empty: use another --out-dir, or only --resume")
     path = args.resume or args.sample
     if path:
         if os.path.isdir(path):
@@ -525,6 +526,10 @@ def parse_args(argv=None):
             parser.set_defaults(out_dir=path.parent)
         args = parser.parse_args(argv)
 
+    if args.out_dir and not args.sample and os.path.isdir(args.out_dir):
+        newest = (args.out_dir / "checkpoint.pt").resolve()
+        if os.listdir(args.out_dir) and (not path or path.resolve() != newest):
+            parser.error(f"{args.out_dir} is not empty: --resume it, or use another --out-dir")
     if not 0 < args.lr <= 1:
         parser.error("--lr must be above 0 and at most 1")
     args.image_size = args.image_size or (64 if args.dataset == "folder" else 32)
@@ -544,7 +549,7 @@ def main():
             train(args, checkpoint)
     except KeyboardInterrupt:
         line = "stopped"
-        if args.out_dir and (args.out_dir / "checkpoint.pt").exists():
+        if args.out_dir and not args.sample and (args.out_dir / "checkpoint.pt").exists():
             line += f"; to continue: python {NAME}.py --resume {args.out_dir}"
         print(f"\n{line}", file=sys.stderr)
         sys.exit(130)

@@ -53,7 +53,7 @@ DATASETS = {"mnist": MNIST, "fashion-mnist": FashionMNIST}
 class Generator(nn.Sequential):
     """Maps z (B, latent_dim) to images (B, 1, 28, 28) in (-1, 1).
 
-    A copy that takes more than z should be an nn.Module with a forward() of its own."""
+    To add inputs such as labels, make it an nn.Module with a forward() of its own."""
 
     def __init__(self, latent_dim, width):
         layers = []
@@ -93,8 +93,8 @@ def generator_loss(fake_logits, saturating):
 def train(args, checkpoint):
     device = select_device(args.cuda)
     images = load_images(args).to(device)
-    batch_size = args.batch_size * args.d_steps  # for k steps of D and one of G
-    steps = len(images) // batch_size
+    images_per_step = args.batch_size * args.d_steps  # k batches for D, then one step of G
+    steps = len(images) // images_per_step
     if steps == 0:
         sys.exit(f"error: {len(images)} images per process are too few: lower --batch-size")
 
@@ -110,7 +110,7 @@ def train(args, checkpoint):
         generator.compile(dynamic=False)
         discriminator.compile(dynamic=False)
 
-    state = {  # of a checkpoint
+    state = {  # what a checkpoint restores
         "generator": generator,
         "discriminator": discriminator,
         "averaged": averaged,
@@ -118,11 +118,18 @@ def train(args, checkpoint):
         "optimizer_d": optimizer_d,
     }
     history = []  # a row of metrics for each epoch
-    if checkpoint:  # --lr may have changed
+    if checkpoint:
         history = checkpoint["metrics"]
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
+        # The optimizers restore the old learning rate, but --lr may be new.
         optimizer_g.param_groups[0]["lr"] = optimizer_d.param_groups[0]["lr"] = args.lr
+
+    if WORLD_SIZE > 1:
+        epochs = [0] * WORLD_SIZE
+        dist.all_gather_object(epochs, len(history))
+        if len(set(epochs)) > 1:
+            sys.exit(f"error: the processes have different checkpoints, after epochs {epochs}")
 
     if RANK == 0:
         args.out_dir = args.out_dir or new_folder(f"runs/{NAME}")
@@ -132,11 +139,11 @@ def train(args, checkpoint):
         print(f"{len(images) * WORLD_SIZE:,} images of {args.dataset}, {steps:,} steps per epoch")
         print(f"on {device.type}, writing to {args.out_dir}", flush=True)
 
-    step = len(history) * steps  # of G
+    step = len(history) * steps  # steps of G so far
     for epoch in range(len(history) + 1, args.epochs + 1):
         # Reseed every epoch, so that a resumed run draws what an uninterrupted one draws.
         torch.manual_seed(hash((args.seed, epoch, RANK)))
-        batches = torch.randperm(len(images), device=device).split(batch_size)[:steps]
+        batches = torch.randperm(len(images), device=device).split(images_per_step)[:steps]
         sums = defaultdict(float)
         # progress() shows the means of sums, and at the end of the epoch appends them to history.
         for index in progress(batches, sums, history, args):
@@ -155,7 +162,8 @@ def train(args, checkpoint):
                 average_gradients(discriminator)
                 optimizer_d.step()
 
-            # One step of G, through the updated D: minimize -log D(G(z)), or log(1 - D(G(z))).
+            # One step of G, on the last fake images and through the updated D: minimize
+            # -log D(G(z)), or log(1 - D(G(z))).
             discriminator.requires_grad_(False)
             with autocast:
                 logits = discriminator(fake)
@@ -166,8 +174,8 @@ def train(args, checkpoint):
             optimizer_g.step()
             discriminator.requires_grad_(True)
 
-            # Average G over about the last tenth of its steps, and from step 10,000 on over the
-            # last 1,000. Averaging is from Yazici et al. 2019 (arXiv:1806.04498).
+            # Average G, after Yazici et al. 2019 (arXiv:1806.04498): with these weights over about
+            # the last tenth of its steps, and from step 10,000 on over the last 1,000.
             step += 1
             weight = max(0.001, 10 / (10 + step))
             current = generator.state_dict()
@@ -186,7 +194,7 @@ def train(args, checkpoint):
             grid = averaged(fixed_noise)
             if not grid.isfinite().all():
                 sys.exit(f"error: weights not finite in epoch {epoch}, not saved: lower --lr")
-            # The checkpoint comes last. A run killed before it repeats this epoch.
+            # Save the checkpoint last: a run killed before that repeats this epoch.
             save_grid(grid, samples / f"epoch_{epoch:04d}.png")
             save(state, history, args)
 
@@ -235,10 +243,10 @@ def load_images(args):
         socket.setdefaulttimeout(10)  # seconds, so that no download hangs
         try:
             source(folder, download=True)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, EOFError) as error:
             reason = "no network" if "urlopen error" in str(error) else repr(error)[:99]
             reason = f"{source.__name__} is not in {folder}/ and cannot be downloaded ({reason})"
-            # What was named is not replaced, and several processes must train on the same set.
+            # Never replace what the user named. Several processes must train on the same set.
             if args.dataset or args.data_dir or WORLD_SIZE > 1:
                 sys.exit(f"error: {reason} from {source.mirrors}")
             print(f"warning: {reason}: training on synthetic digits", file=sys.stderr)
@@ -314,10 +322,8 @@ def progress(batches, sums, history, args):
 def save(state, history, args):
     """Writes metrics.csv, and replaces checkpoint.pt in one step: a kill or a full disk leaves the
     old one or the new one."""
-    flags = vars(args).copy()
-    for name in THIS_COMMAND:
-        del flags[name]
-    # JSON makes plain values of all, as weights_only=True asks. argparse makes paths of strings.
+    flags = {name: value for name, value in vars(args).items() if name not in THIS_COMMAND}
+    # weights_only=True requires plain values. argparse makes paths of strings again.
     checkpoint = json.dumps({"script": NAME, "args": flags, "metrics": history}, default=os.fspath)
     checkpoint = json.loads(checkpoint)
     with open(args.out_dir / "metrics.csv", "w") as file:
@@ -337,16 +343,16 @@ def save(state, history, args):
 
 
 def new_folder(path):
-    """Makes and returns the first of the folders `path`, `path`-2, `path`-3, ... that is new."""
+    """Makes and returns the first of the folders `path`, `path`-2, `path`-3, ... that is free."""
     for n in itertools.count(1):
         folder = Path(f"{path}-{n}" if n > 1 else path)
-        # Samples may have been moved away from their grid, which is not overwritten.
+        # Never overwrite a grid of samples, even if its folder is gone.
         if not os.path.exists(f"{folder}.png") and make_folder(folder):
             return folder
 
 
 def make_folder(path):
-    """Makes the folder. Returns False if it was there, perhaps made just now by another process."""
+    """Makes the folder. Returns False if it exists, perhaps made just now by another process."""
     try:
         path.mkdir(parents=True)
         return True
@@ -356,7 +362,7 @@ def make_folder(path):
         return False
 
 
-# Flags that are not saved in a checkpoint, since they are about one command.
+# Flags of one command only, which a checkpoint does not keep.
 THIS_COMMAND = ("cuda", "out_dir", "resume", "sample", "num_samples", "interpolate")
 
 
@@ -392,15 +398,12 @@ def parse_args(argv=None):
     add("--width", **number, default=256, help="units of the narrowest layer (%(default)s)")
     add("--out-dir", type=Path, help="default: a new folder in runs/")
     add("--keep-every", **number, help="also keep every N-th epoch's checkpoint")
-    add("--resume", type=Path, help="continue that run, or that checkpoint's")
+    add("--resume", type=Path, help="continue from that run or checkpoint")
     add("--sample", type=Path, help="write images from that run or checkpoint")
     add("--num-samples", **number, help="with --sample: number of images (64)")
     add("--interpolate", **number, help="with --sample: number of interpolations")
 
     args, checkpoint = parser.parse_args(argv), None
-    if args.out_dir and not args.sample and os.path.isdir(args.out_dir):
-        if os.listdir(args.out_dir):
-            parser.error(f"{args.out_dir} is not empty: use another --out-dir, or only --resume")
     path = args.resume or args.sample
     if path:
         if os.path.isdir(path):
@@ -422,6 +425,10 @@ def parse_args(argv=None):
 
     if args.batch_size == 1:
         parser.error("--batch-size must be at least 2, for BatchNorm")
+    if args.out_dir and not args.sample and os.path.isdir(args.out_dir):
+        newest = (args.out_dir / "checkpoint.pt").resolve()
+        if os.listdir(args.out_dir) and (not path or path.resolve() != newest):
+            parser.error(f"{args.out_dir} is not empty: --resume it, or use another --out-dir")
     if not 0 < args.lr <= 1:
         parser.error("--lr must be above 0 and at most 1")
     if (args.num_samples or args.interpolate) and not args.sample:
@@ -440,7 +447,7 @@ def main():
             train(args, checkpoint)
     except KeyboardInterrupt:
         line = "stopped"
-        if args.out_dir and (args.out_dir / "checkpoint.pt").exists():
+        if args.out_dir and not args.sample and (args.out_dir / "checkpoint.pt").exists():
             line += f"; to continue: python {NAME}.py --resume {args.out_dir}"
         print(f"\n{line}", file=sys.stderr)
         sys.exit(130)

@@ -123,6 +123,19 @@ def test_resumed_by_two_is_uninterrupted_to_the_bit(name, flags, pair, tmp_path)
     assert same(result(tmp_path / "0" / "run"), result(pair[0]))
 
 
+@pytest.mark.parametrize("name", NEW, indirect=True, scope="module")
+def test_different_checkpoints_are_not_averaged(name, flags, tmp_path):
+    """The second machine has an older one."""
+    (tmp_path / "0").mkdir()
+    first = ["--epochs", 1, "--out-dir", tmp_path / "1" / "run", *flags[name]]
+    assert Command(name, *first, cwd=tmp_path).wait() == (0, "")
+    shutil.copytree(tmp_path / "1" / "run", tmp_path / "0" / "run")
+    assert Command(name, "--resume", "run", "--epochs", 2, cwd=tmp_path / "0").wait() == (0, "")
+    for command in begin_two(name, tmp_path, "--resume", "run", "--epochs", 3):
+        line = "error: the processes have different checkpoints, after epochs [2, 1]\n"
+        assert command.wait() == (1, line)
+
+
 def test_a_run_of_two_is_resumed_by_one(script, pair, tmp_path):
     out = Path(shutil.copytree(pair[0], tmp_path / "run"))
     assert run(script, "--resume", out / "checkpoint.pt", "--epochs", 3) == 0

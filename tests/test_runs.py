@@ -332,6 +332,8 @@ def test_resume_keeps_what_was_not_said_and_takes_what_was(name, script, copied)
 
     assert run(script, "--resume", out, "--epochs", 4, "--seed", 5, "--bf16") == 0  # its folder
     assert load(out)["args"] == {**kept, "epochs": 4, "seed": 5, "bf16": True}
+    if name in NEW:  # the same folder, spelt otherwise
+        assert run(script, "--resume", out, "--epochs", 5, "--out-dir", out / ".." / out.name) == 0
 
 
 def test_a_new_rate_arrives_in_the_optimizers(name, script, copied):
