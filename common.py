@@ -45,8 +45,8 @@ def join(device):
     except RuntimeError:
         sys.exit("error: another process has ended, or did not start within 45 seconds")
 
-    # The timeout is two hours, because the other processes wait while one downloads or evaluates. If
-    # a process ends, its connections close, and the others fail at once.
+    # The timeout is two hours, because the others wait while one process downloads or evaluates.
+    # If a process ends, its connections close, and the others fail at once.
     gpu = device if device.type == "cuda" else None
     dist.init_process_group(
         "nccl" if gpu else "gloo",
