@@ -134,7 +134,7 @@ def train(args, checkpoint):
     if RANK == 0:
         args.out_dir = args.out_dir or new_folder(f"runs/{NAME}")
         samples = args.out_dir / "samples"
-        make_folder(samples)
+        samples.mkdir(parents=True, exist_ok=True)
         save_grid(images[:64], samples / "real.png")
         print(f"{len(images) * WORLD_SIZE:,} images of {args.dataset}, {steps:,} steps per epoch")
         print(f"on {device.type}, writing to {args.out_dir}", flush=True)
@@ -216,18 +216,20 @@ def sample(args, checkpoint):
     generator = Generator(args.latent_dim, args.width).to(device).eval()
     generator.load_state_dict(checkpoint["averaged"])
     torch.manual_seed(args.seed)
-    name, z = "generated", torch.randn(args.num_samples or 64, args.latent_dim)
+    name = "generated"
+    z = torch.randn(args.num_samples or 64, args.latent_dim)
     if args.interpolate:
         # Eight points from a to b, all from N(0, I), since cos^2 + sin^2 = 1. On a straight line
         # they would come too close to 0.
         a, b = torch.randn(2, args.interpolate, 1, args.latent_dim)
         t = torch.linspace(0, torch.pi / 2, 8)[:, None]
-        name, z = "interpolation", (t.cos() * a + t.sin() * b).flatten(0, 1)
+        z = (t.cos() * a + t.sin() * b).flatten(0, 1)
+        name = "interpolation"
 
     z = z.to(device)
     folder = new_folder(args.out_dir / name)
-    for n in range(len(z)):  # one by one, so that memory does not grow with their number
-        image = generator(z[n : n + 1])[0] * 127.5 + 128
+    for n, one in enumerate(z.split(1)):  # one by one, to need no more memory for many
+        image = generator(one)[0] * 127.5 + 128
         to_pil_image(image.byte()).save(folder / f"{n:05d}.png")
     save_grid(generator(z[:64]), f"{folder}.png")
     print(f"{len(z):,} images in {folder}, a grid in {folder}.png")
@@ -255,6 +257,7 @@ def load_images(args):
         dist.barrier()  # wait for the download
 
     args.dataset = args.dataset or "mnist"
+    args.data_dir = os.path.abspath(folder)  # for a checkpoint that is used elsewhere
     if args.dataset == "synthetic":
         images = synthetic_digits(20_000, seed=0)
     else:
@@ -283,9 +286,13 @@ def synthetic_digits(count, seed):
 
 # Seconds between two lines of progress, and what a line starts and ends with. On a terminal: clear
 # the old one, cut the new one at the edge (?7l to ?7h), and go back to its start.
-PAUSE, START, END = 60, "", "\n"
+PAUSE = 60
+START = ""
+END = "\n"
 if sys.stdout.isatty():
-    PAUSE, START, END = 0.5, "\033[K\033[?7l", "\033[?7h\r"
+    PAUSE = 0.5
+    START = "\033[K\033[?7l"
+    END = "\033[?7h\r"
 
 
 def progress(batches, sums, history, args):
@@ -322,7 +329,7 @@ def progress(batches, sums, history, args):
 def save(state, history, args):
     """Writes metrics.csv, and replaces checkpoint.pt in one step: a kill or a full disk leaves the
     old one or the new one."""
-    flags = {name: value for name, value in vars(args).items() if name not in THIS_COMMAND}
+    flags = vars(args) | dict.fromkeys(THIS_COMMAND)
     # weights_only=True requires plain values. argparse makes paths of strings again.
     checkpoint = json.dumps({"script": NAME, "args": flags, "metrics": history}, default=os.fspath)
     checkpoint = json.loads(checkpoint)
@@ -344,26 +351,27 @@ def save(state, history, args):
 
 def new_folder(path):
     """Makes and returns the first of the folders `path`, `path`-2, `path`-3, ... that is free."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     for n in itertools.count(1):
         folder = Path(f"{path}-{n}" if n > 1 else path)
         # Never overwrite a grid of samples, even if its folder is gone.
-        if not os.path.exists(f"{folder}.png") and make_folder(folder):
-            return folder
-
-
-def make_folder(path):
-    """Makes the folder. Returns False if it exists, perhaps made just now by another process."""
-    try:
-        path.mkdir(parents=True)
-        return True
-    except OSError as error:
-        if not os.path.isdir(path):
-            sys.exit(f"error: cannot make the folder {path}: {error.strerror}")
-        return False
+        if not os.path.exists(f"{folder}.png"):
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:  # perhaps made just now by another process
+                continue
 
 
 # Flags of one command only, which a checkpoint does not keep.
-THIS_COMMAND = ("cuda", "out_dir", "resume", "sample", "num_samples", "interpolate")
+THIS_COMMAND = (
+    "cuda",
+    "out_dir",
+    "resume",
+    "sample",
+    "num_samples",
+    "interpolate",
+)
 
 
 def positive(text):
@@ -398,12 +406,14 @@ def parse_args(argv=None):
     add("--width", **number, default=256, help="units of the narrowest layer (%(default)s)")
     add("--out-dir", type=Path, help="default: a new folder in runs/")
     add("--keep-every", **number, help="also keep every N-th epoch's checkpoint")
-    add("--resume", type=Path, help="continue from that run or checkpoint")
-    add("--sample", type=Path, help="write images from that run or checkpoint")
+    use = parser.add_mutually_exclusive_group().add_argument
+    use("--resume", type=Path, help="continue from that run or checkpoint")
+    use("--sample", type=Path, help="write images from that run or checkpoint")
     add("--num-samples", **number, help="with --sample: number of images (64)")
     add("--interpolate", **number, help="with --sample: number of interpolations")
 
-    args, checkpoint = parser.parse_args(argv), None
+    args = parser.parse_args(argv)
+    checkpoint = None
     path = args.resume or args.sample
     if path:
         if os.path.isdir(path):
@@ -411,14 +421,14 @@ def parse_args(argv=None):
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             script = checkpoint["script"]
-        except FileNotFoundError:
-            parser.error(f"{path} does not exist")
+            # What the checkpoint saved becomes the default, so that no flag need be repeated.
+            parser.set_defaults(**checkpoint["args"])
+        except (FileNotFoundError, PermissionError) as error:
+            parser.error(error)
         except Exception:  # torch.load raises many kinds
             parser.error(f"{path} is damaged, or not a checkpoint")
         if script != NAME:
             parser.error(f"{path} is of {script}.py")
-        # What the checkpoint saved becomes the default, so that no flag need be repeated.
-        parser.set_defaults(**checkpoint["args"])
         if args.sample or path.name == "checkpoint.pt":
             parser.set_defaults(out_dir=path.parent)
         args = parser.parse_args(argv)
@@ -433,21 +443,23 @@ def parse_args(argv=None):
         parser.error("--lr must be above 0 and at most 1")
     if (args.num_samples or args.interpolate) and not args.sample:
         parser.error("--num-samples and --interpolate need --sample")
-    if args.sample and (args.resume or WORLD_SIZE > 1):
-        parser.error("--sample does not work with --resume or torchrun")
     return args, checkpoint
 
 
 def main():
     args, checkpoint = parse_args()
+    run = sample if args.sample else train
     try:
-        if args.sample:
-            sample(args, checkpoint)
-        else:
-            train(args, checkpoint)
+        run(args, checkpoint)
+    except (OSError, RuntimeError) as error:
+        # The disk is full, which torch.save reports as a RuntimeError, or cannot be written.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, FileNotFoundError) or not isinstance(cause, OSError):
+            raise
+        sys.exit(f"error: {cause}")
     except KeyboardInterrupt:
         line = "stopped"
-        if args.out_dir and not args.sample and (args.out_dir / "checkpoint.pt").exists():
+        if run is train and os.path.exists(f"{args.out_dir}/checkpoint.pt"):
             line += f"; to continue: python {NAME}.py --resume {args.out_dir}"
         print(f"\n{line}", file=sys.stderr)
         sys.exit(130)

@@ -1,28 +1,29 @@
-"""pix2pix: Isola, Zhu, Zhou & Efros, "Image-to-Image Translation with Conditional Adversarial Networks" (2017,
-arXiv:1611.07004).
+"""pix2pix: Isola, Zhu, Zhou & Efros, "Image-to-Image Translation with Conditional Adversarial
+Networks" (2017, arXiv:1611.07004).
 
-    python pix2pix.py --cuda                                         facades, labels to photo, downloaded to data/
-    python pix2pix.py --dataset folder --data-dir pairs --cuda       your own pairs
-    torchrun --nproc-per-node 8 pix2pix.py --cuda                    eight GPUs, --batch-size is that of each
-    python pix2pix.py --resume runs/pix2pix/checkpoint.pt            go on
-    python pix2pix.py --sample runs/pix2pix/checkpoint.pt            translate the held-out pairs
-    python pix2pix.py --sample runs/pix2pix/checkpoint.pt --input sketches       a folder, or one image
+    python pix2pix.py --cuda                                 facades, labels to photo
+    python pix2pix.py --dataset folder --data-dir pairs      your own pairs
+    torchrun --nproc-per-node 8 pix2pix.py --cuda            eight GPUs, --batch-size for each
+    python pix2pix.py --resume runs/pix2pix --epochs 300     continue training
+    python pix2pix.py --sample runs/pix2pix                  translate the held-out pairs
+    python pix2pix.py --sample runs/pix2pix --input DIR      translate a folder, or one image
 
-A folder of pairs holds train/ and a held-out val/ (or test/), files with A and B side by side; or A/ and B/ with equal
-file names, of which every tenth is held out.
+A folder of pairs has train/ and val/ (or test/) with files that hold A and B side by side, or A/
+and B/ with files of equal names. Then every tenth pair is held out.
 
-Writes to runs/pix2pix: checkpoint.pt every 5 epochs, metrics.csv, samples/real.png of the training set (sources beside
-targets), and samples/epoch_0001.png, ..., rows of source, output and target, twice, of the same held-out pairs.
+Writes to runs/pix2pix: checkpoint.pt every 5 epochs, metrics.csv, samples/real.png with sources and
+targets of the training set, and samples/epoch_0001.png, ... with source, output and target of the
+same held-out pairs after every epoch.
 
 Differences from the paper:
-1. InstanceNorm, not BatchNorm: at the paper's batch of one they are the same, and at any other no output depends on
-   its neighbours. The innermost level has none, as in the authors' code: a single pixel less its mean is 0.
-2. Inference has the same dropout for each image, drawn from --seed: an output depends on its source and the seed
-   alone. --deterministic leaves dropout out.
-3. The U-Net has a level for each halving of --image-size, at most 8; at 256 it is the paper's.
-4. D halves an image three times whatever its size, so at 64 pixels one of its patches is the whole of it.
-5. The rate is constant, as in section 6.2; --decay-epochs is what the authors' later PyTorch code does by default.
-6. Images are resized to a square, and in two folders paired by name: as in the authors' code, not in the paper.
+1. InstanceNorm, not BatchNorm. At the paper's batch size of 1 they are the same, and at any other
+   no output depends on its neighbours. The innermost level has none, as in the authors' code,
+   since up to 256 pixels it is a single pixel, which minus its mean is 0.
+2. Every translation has the same dropout, drawn from --seed. --deterministic turns it off.
+3. The U-Net has a level for each halving of --image-size, at most 8. At 256 it is the paper's.
+4. D always halves an image three times, so at 64 pixels its patches are larger than the image.
+5. --decay-epochs adds the falling learning rate of the authors' later PyTorch code.
+6. Images are resized to a square, as in the authors' code.
 """
 
 import argparse
@@ -33,19 +34,16 @@ import itertools
 import json
 import math
 import os
-import shutil
-import struct
 import sys
 import tarfile
 import tempfile
-import time
 import urllib.request
 import zlib
-from collections import Counter
-from functools import partial
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -53,59 +51,54 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
+from torch.optim import Adam
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip
-from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from common import save_grid, select_device
 
-NAME = Path(__file__).stem  # names the run's folder and its checkpoints
-RANK = int(os.environ.get("RANK", 0))  # which of torchrun's processes this is
-RANKS = int(os.environ.get("WORLD_SIZE", 1))  # and of how many
-# Facades and maps, with train/ and val/.
+NAME = Path(__file__).stem  # names the run's folder and marks its checkpoints
+RANK = int(os.environ.get("RANK", 0))  # the number of this process under torchrun
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there are
 URL = "http://efrosgans.eecs.berkeley.edu/pix2pix/datasets/{}.tar.gz"
 
 
 class Generator(nn.Module):
-    """U-Net from source to image, (B, 3, image_size, image_size) in [-1, 1]: section 6.1.1. Dropout is its noise z."""
+    """U-Net of section 6.1.1: maps sources (B, source_channels, image_size, image_size) in [-1, 1]
+    to images with target_channels in (-1, 1). Dropout is its noise z."""
 
-    def __init__(self, image_size, width):
+    def __init__(self, image_size, width, source_channels=3, target_channels=3):
         super().__init__()
-        # Down to 1x1; from 512 to 2x2, from 1024 to 4x4.
+        # C64-C128-C256-C512-C512-C512-C512-C512 at 256 pixels, down to 1x1.
         levels = min(image_size.bit_length() - 1, 8)
-        channels = [width * min(2**i, 8) for i in range(levels)]
+        channels = [width * factor for factor in (1, 2, 4, 8, 8, 8, 8, 8)[:levels]]
 
-        # (B, 3, image_size, image_size) to (B, width, h, h), h = image_size/2
-        self.encoder = nn.ModuleList([nn.Conv2d(3, width, 4, 2, 1)])
-        for i, (before, after) in enumerate(itertools.pairwise(channels), 2):
+        # (B, source_channels, image_size, image_size) to (B, width, h, h), h = image_size / 2
+        self.encoder = nn.ModuleList([nn.Conv2d(source_channels, width, 4, 2, 1)])
+        for before, after in itertools.pairwise(channels):
             # (B, before, h, h) to (B, after, h/2, h/2)
-            normed = i < levels
-            level = [
-                nn.LeakyReLU(0.2),
-                nn.Conv2d(before, after, 4, 2, 1, bias=not normed),
-            ]
-            if normed:
+            innermost = len(self.encoder) == levels - 1
+            level = [nn.LeakyReLU(0.2), nn.Conv2d(before, after, 4, 2, 1, bias=innermost)]
+            if not innermost:
                 level += [nn.InstanceNorm2d(after, affine=True)]
             self.encoder.append(nn.Sequential(*level))
 
         self.decoder = nn.ModuleList()
-        for i, (before, after) in enumerate(itertools.pairwise(channels[::-1])):
-            # (B, inputs, h, h), the skip's channels among them, to (B, after, 2h, 2h)
-            inputs = before if i == 0 else 2 * before
+        before = channels[-1]
+        for after in channels[-2::-1]:
+            # (B, before, h, h) to (B, after, 2h, 2h)
             level = [
                 nn.ReLU(),
-                nn.ConvTranspose2d(inputs, after, 4, 2, 1, bias=False),
+                nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False),
                 nn.InstanceNorm2d(after, affine=True),
             ]
-            if i < 3:
+            if len(self.decoder) < 3:
                 level += [nn.Dropout(0.5)]
             self.decoder.append(nn.Sequential(*level))
-        level = [
-            nn.ReLU(),
-            nn.ConvTranspose2d(2 * width, 3, 4, 2, 1),
-            nn.Tanh(),
-        ]
+            before = 2 * after  # with the channels of the skip connection
+        level = [nn.ReLU(), nn.ConvTranspose2d(before, target_channels, 4, 2, 1), nn.Tanh()]
         self.decoder.append(nn.Sequential(*level))
-        initialize(self)
+        self.apply(initialize)
 
     def forward(self, x):
         skips = []
@@ -119,10 +112,13 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Sequential):
-    """PatchGAN: source and image, each (B, 3, H, W), to a logit for each patch of 70x70, (B, 1, H/8 - 2, W/8 - 2)."""
+    """PatchGAN of section 6.1.2: maps sources and images, (B, C, H, W) each, to a logit for each
+    patch of 70x70 pixels, (B, 1, H/8 - 2, W/8 - 2)."""
 
-    def __init__(self, width):
-        layers = [nn.Conv2d(6, width, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
+    def __init__(self, width, source_channels=3, target_channels=3):
+        # C64-C128-C256-C512
+        inputs = source_channels + target_channels
+        layers = [nn.Conv2d(inputs, width, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
         c = width  # (B, c, H/2, W/2)
         for stride in (2, 2, 1):  # to (B, 2c, H/4, W/4), ..., (B, 8 * width, H/8 - 1, W/8 - 1)
             layers += [
@@ -132,26 +128,27 @@ class Discriminator(nn.Sequential):
             ]
             c *= 2
         super().__init__(*layers, nn.Conv2d(c, 1, 4, 1, 1))
-        initialize(self)
+        self.apply(initialize)
 
     def forward(self, source, image):
         return super().forward(torch.cat([source, image], 1))
 
 
-def initialize(network):
-    """Section 6.2: weights from N(0, 0.02). Those of the norms from N(1, 0.02), as in the authors' code; biases 0."""
-    for name, p in network.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(p)
-        else:
-            mean = 1.0 if p.ndim == 1 else 0.0  # a norm's weights are a vector
-            nn.init.normal_(p, mean, 0.02)
+def initialize(layer):
+    """Section 6.2: weights from N(0, 0.02); those of the norms from N(1, 0.02), as in the authors'
+    code; biases 0. Other types of layers keep PyTorch's initialization."""
+    if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.InstanceNorm2d)):
+        mean = 1.0 if isinstance(layer, nn.InstanceNorm2d) else 0.0
+        nn.init.normal_(layer.weight, mean, 0.02)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 def discriminator_loss(real_logits, fake_logits):
-    """-E[log D(x, y)] - E[log(1 - D(x, G(x, z)))], halved (section 3.3): eq. 1, which D maximizes, its sign changed.
+    """Half of -E[log D(x, y)] - E[log(1 - D(x, G(x, z)))], the negative of eq. 1, which D
+    maximizes. Section 3.3 halves it.
 
-    softplus(l) = log(1 + exp(l)), so with D = sigmoid(l), -log D is softplus(-l) and -log(1 - D) is softplus(l)."""
+    With D = sigmoid(l), -log D = log(1 + exp(-l)) = softplus(-l) and -log(1 - D) = softplus(l)."""
     return (F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()) / 2
 
 
@@ -161,62 +158,71 @@ def generator_loss(fake_logits):
 
 
 def train(args, checkpoint):
-    # Under torchrun each process has its share of the pairs, and all make the same number of steps.
     device = select_device(args.cuda)
-    pairs, held_out = load_pairs(args, "train"), load_pairs(args, "val")
+    download(args)
+    pairs, _ = load_pairs(args, train=True)
+    held_out, _ = load_pairs(args, train=False)
     if device.type == "cuda" and pairs.nbytes < torch.cuda.mem_get_info()[0] / 2:
-        pairs = pairs.to(device)
-    batch = args.batch_size * RANKS  # pairs for a step, in all processes
-    steps = fewest(len(pairs) * RANKS // batch, device)
+        pairs = pairs.to(device)  # they fit into half of its free memory
+    steps = len(pairs) // args.batch_size
+    if steps == 0:
+        sys.exit(f"error: {len(pairs)} pairs per process are too few: lower --batch-size")
 
     torch.manual_seed(args.seed)
-    generator = Generator(args.image_size, args.width)
-    discriminator = Discriminator(args.width)
-    networks = nn.ModuleList([generator, discriminator]).to(device)
-    adam = {"lr": args.lr, "betas": (0.5, 0.999), "fused": True}
-    optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
+    generator = Generator(args.image_size, args.width).to(device)
+    discriminator = Discriminator(args.width).to(device)
+    optimizer_g = Adam(generator.parameters(), args.lr, (0.5, 0.999), fused=True)
+    optimizer_d = Adam(discriminator.parameters(), args.lr, (0.5, 0.999), fused=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+    jitter = Compose([RandomCrop(args.image_size), RandomHorizontalFlip()])
     if args.compile:
-        for network in networks:
-            network.compile()
+        generator.compile(dynamic=False)
+        discriminator.compile(dynamic=False)
 
-    # Go on where the checkpoint stopped.
-    parts = {
+    state = {  # what a checkpoint restores
         "generator": generator,
         "discriminator": discriminator,
         "optimizer_g": optimizer_g,
         "optimizer_d": optimizer_d,
     }
-    rows = []  # of metrics, one for each epoch done
+    history = []  # a row of metrics for each epoch
     if checkpoint:
-        rows = checkpoint["metrics"]
-        for name, part in parts.items():
+        history = checkpoint["metrics"]
+        for name, part in state.items():
             part.load_state_dict(checkpoint[name])
 
-    if RANK == 0:
-        args.out_dir = args.out_dir or first_free(Path("runs", NAME))
-        samples = args.out_dir / "samples"
-        make_folder(samples)
-        real = torch.stack(split_pairs(pairs[:32], args.direction), 1).flatten(0, 1)
-        save_grid(real, samples / "real.png")
-    print(f"{len(pairs):,} pairs of {args.dataset}, on {device.type}, to {args.out_dir}")
-    for network in networks:
-        count = sum(p.numel() for p in network.parameters())
-        print(f"{type(network).__name__}: {count:,} parameters", flush=True)
+    if WORLD_SIZE > 1:
+        epochs = [0] * WORLD_SIZE
+        dist.all_gather_object(epochs, len(history))
+        if len(set(epochs)) > 1:
+            sys.exit(f"error: the processes have different checkpoints, after epochs {epochs}")
 
-    for epoch in range(len(rows) + 1, args.epochs + 1):
-        # A seed for each epoch and process, the same in every run: a resumed one draws what an
-        # uninterrupted one draws.
+    if RANK == 0:
+        args.out_dir = args.out_dir or new_folder(f"runs/{NAME}")
+        samples = args.out_dir / "samples"
+        samples.mkdir(parents=True, exist_ok=True)
+        real = torch.stack(source_and_target(pairs[:32], args), 1).flatten(0, 1)
+        save_grid(real, samples / "real.png")
+        print(f"{len(pairs) * WORLD_SIZE:,} pairs of {args.dataset}, {steps:,} steps per epoch")
+        print(f"on {device.type}, writing to {args.out_dir}", flush=True)
+
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        # Reseed every epoch, so that a resumed run draws what an uninterrupted one draws.
         torch.manual_seed(hash((args.seed, epoch, RANK)))
-        # Constant but for the last --decay-epochs, over which it falls towards 0.
+        # Constant at first. Over the last --decay-epochs it falls towards 0.
         lr = args.lr * min(1, (args.epochs - epoch + 1) / (args.decay_epochs + 1))
         optimizer_g.param_groups[0]["lr"] = optimizer_d.param_groups[0]["lr"] = lr
-        # The steps' metrics are added up (as a Counter's update() does) on the device: reading one waits.
-        sums = Counter()
-        began = shown = time.perf_counter()
-        for step, (source, target) in zip(range(1, steps + 1), batches(pairs, args, device)):
-            # D: descend the halved -log D(x, y) - log(1 - D(x, G(x))). Not G's step: fake is detached.
+        batches = torch.randperm(len(pairs), device=pairs.device).split(args.batch_size)[:steps]
+        sums = defaultdict(float)
+        # progress() shows the means of sums, and at the end of the epoch appends them to history.
+        for index in progress(batches, sums, history, args):
+            batch = pairs[index].to(device)
+            if args.jitter:  # the same crop and mirroring for both images of a pair: section 6.2
+                batch = torch.stack([jitter(pair) for pair in batch])
+            source, target = source_and_target(batch, args)
+
+            # D: minimize half of -log D(x, y) - log(1 - D(x, G(x, z))). fake is detached, since
+            # this step must not change G.
             with autocast:
                 fake = generator(source)
                 real_logits = discriminator(source, target).float()
@@ -227,245 +233,253 @@ def train(args, checkpoint):
             average_gradients(discriminator)
             optimizer_d.step()
 
-            # G: descend eq. 4, -log D(x, G(x)) + 100 |y - G(x)|, through the new D.
+            # G, through the updated D: minimize eq. 4, -log D(x, G(x, z)) + 100 |y - G(x, z)|.
+            discriminator.requires_grad_(False)
             with autocast:
-                logits = discriminator(source, fake).float()
-            loss_gan = generator_loss(logits)
+                logits = discriminator(source, fake)
+            loss_gan = generator_loss(logits.float())
             loss_l1 = F.l1_loss(fake.float(), target)
             loss_g = args.gan_weight * loss_gan + args.l1_weight * loss_l1
             optimizer_g.zero_grad()
-            loss_g.backward(inputs=list(generator.parameters()))
+            loss_g.backward()
             average_gradients(generator)
             optimizer_g.step()
+            discriminator.requires_grad_(True)
 
+            # Add up the metrics on the GPU. .item() would wait for it.
             with torch.no_grad():
-                sums.update(loss_d=loss_d, loss_g_gan=loss_gan, loss_g_l1=loss_l1)
-            if step < steps and time.perf_counter() - shown > PAUSE:
-                show(summary(sums, step, batch, began, rows), args, step / steps)
-                shown = time.perf_counter()
+                sums["loss_d"] += loss_d
+                sums["loss_g_gan"] += loss_gan
+                sums["loss_g_l1"] += loss_l1
 
-        row = summary(sums, steps, batch, began, rows)
-        if not all(p.isfinite().all() for p in networks.parameters()):
-            fail(f"weights not finite in epoch {epoch}, not saved: lower --lr")
-        rows.append(row)
         if RANK == 0:
-            # The checkpoint comes last: a run killed before it repeats the epoch, and these files.
             with autocast:
                 grid, tested = evaluate(generator, held_out, args, device)
-            rows[-1] = {"epoch": epoch, **tested, **row}
+            if not math.isfinite(tested["val_l1"]):
+                sys.exit(f"error: val_l1 not finite in epoch {epoch}, not saved: lower --lr")
+            print("  ".join(f"{name} {mean:.5g}" for name, mean in tested.items()), flush=True)
+            history[-1] = {"epoch": epoch, **tested, **history[-1]}
+            # Save the checkpoint last: a run killed before that repeats this epoch.
             save_grid(grid, samples / f"epoch_{epoch:04d}.png", columns=6)
-            save(parts, rows, args)
-            show(rows[-1], args)
+            save(state, history, args)
 
-    print(f"{len(rows)} epochs done, more by --resume {args.out_dir} --epochs N")
-    if RANKS > 1:
-        dist.destroy_process_group()
+    if RANK == 0:
+        print(f"{len(history)} epochs done, pictures in {samples}")
 
 
 def average_gradients(network):
-    """Replaces the gradients by their means over torchrun's processes, so that all make the same step."""
-    if RANKS > 1:
+    """Averages the gradients over all processes, so that they all take the same step."""
+    if WORLD_SIZE > 1:
         for p in network.parameters():
-            dist.all_reduce(p.grad.div_(RANKS))
+            dist.all_reduce(p.grad.div_(WORLD_SIZE))
 
 
 @torch.no_grad()
 def translate(generator, source, seed):
-    """G(source) for one source (1, 3, H, W), its dropout drawn from `seed` and not from the training's generator."""
-    with torch.random.fork_rng([source.device] if source.is_cuda else []):
-        torch.manual_seed(seed)
-        return generator.forward(source).float()  # not compiled anew for this size
+    """Returns G(source, z) for one source (1, C, H, W), with the dropout that `seed` draws."""
+    torch.manual_seed(seed)  # training is seeded again in each epoch
+    return generator.forward(source).float()  # uncompiled, or it would recompile for this size
 
 
 def evaluate(generator, held_out, args, device):
-    """Translates the held-out pairs: a grid of the first 8, (24, 3, H, W), and their mean L1 and PSNR in dB."""
-    grid, sums = [], Counter()
+    """Translates the held-out pairs. Returns source, output and target of the first 8, (24, C, H,
+    W), and the means of L1 and PSNR, the latter in dB."""
+    grid = []
+    l1 = psnr = 0
     for pair in held_out.split(1):
-        source, target = split_pairs(pair.to(device), args.direction)
+        source, target = source_and_target(pair.to(device), args)
         output = translate(generator, source, args.seed)
         mse = F.mse_loss(output, target).clamp(min=1e-10)
-        psnr = 10 * torch.log10(4 / mse)  # 4: the square of the range of values
-        sums.update(val_l1=F.l1_loss(output, target), val_psnr=psnr)
+        l1 += F.l1_loss(output, target).item()
+        psnr += 10 * math.log10(4 / mse)  # 4: the square of the range of values
         if len(grid) < 24:
             grid += [source, output, target]
-    means = {name: total.item() / len(held_out) for name, total in sums.items()}
-    return torch.cat(grid), means
+    count = len(held_out)
+    return torch.cat(grid), {"val_l1": l1 / count, "val_psnr": psnr / count}
 
 
 def sample(args, checkpoint):
+    """Translates the held-out pairs or --input: single images, and the first 16 as a grid."""
     device = select_device(args.cuda)
     generator = Generator(args.image_size, args.width).to(device)
     generator.load_state_dict(checkpoint["generator"])
     generator.train(not args.deterministic)  # with dropout, as in training
-    folder, grid, count = None, [], 0
-    for name, size, source, *target in itertools.islice(sources(args), args.num_samples):
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            output = translate(generator, source.to(device), args.seed).cpu()
-        folder = folder or first_free(args.out_dir / "generated")
-        while (folder / name).exists():  # a.gif.png, beside a.gif
-            name += ".png"
-        make_folder((folder / name).parent)
-        image = to_pil_image(output[0].add(1).mul(127.5).round().byte())
-        image.resize(size, Image.Resampling.BICUBIC).save(folder / name, quality=95)
-        count += 1
-        if count <= 16:
-            grid += [source, output, *target]
-    if count == 0:
-        fail(f"no images in {args.input}: name one, or their folder, with --input")
-    columns = 2 * (2 + len(target))
-    save_grid(torch.cat(grid), folder.with_suffix(".png"), columns)
-    print(f"{count:,} images in {folder}, a grid in {folder}.png")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+    folder = args.input
+    if folder is None:
+        download(args)
+        pairs, names = load_pairs(args, train=False)
+    else:
+        names = list_files(folder)
+        if os.path.isfile(folder):
+            names = [folder.name]
+            folder = folder.parent
+        # Pairs of an image with itself, so that the sources are made as in training.
+        pairs, names = read_pairs([folder, folder], names[: args.num_samples], args.image_size)
+
+    out = new_folder(args.out_dir / "generated")
+    grid = []
+    for pair, name in zip(pairs.split(1), names[: args.num_samples]):
+        source, target = source_and_target(pair.to(device), args)
+        with autocast:
+            output = translate(generator, source, args.seed)
+        if len(grid) < 48:
+            grid += [source, output] if folder else [source, output, target]
+
+        image = to_pil_image((output[0] * 127.5 + 128).byte())
+        if folder:
+            image = image.resize(read_image(folder / name).size, Image.Resampling.BICUBIC)
+        path = (out / name).with_suffix(".png")
+        while path.exists():  # a.gif and a.jpg would both become a.png
+            path = Path(f"{path}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    save_grid(torch.cat(grid), f"{out}.png", columns=4 if folder else 6)
+    print(f"translated images in {out}, a grid in {out}.png")
 
 
-def sources(args):
-    """What --sample translates: a name and a size for the result, the source (1, 3, H, W), and, of a held-out pair, the
-    target."""
-    if args.input is None:
-        size = (args.image_size, args.image_size)
-        for n, pair in enumerate(load_pairs(args, "val").split(1)):
-            yield f"{n:05d}.png", size, *split_pairs(pair, args.direction)
-        return
-    one = os.path.isfile(args.input)
-    folder = args.input.parent if one else args.input
-    for path in [args.input] if one else list_files(folder):
+def source_and_target(pairs, args):
+    """Maps pairs, uint8 (B, 2, 3, H, W), to sources and targets, floats (B, 3, H, W) in [-1, 1]."""
+    a, b = (pairs / 127.5 - 1).unbind(1)
+    return (a, b) if args.direction == "AtoB" else (b, a)
+
+
+def download(args):
+    """Downloads facades or maps if they are not in --data-dir, whole or not at all.
+
+    Without --dataset and without facades, sets args.dataset to synthetic."""
+    name = args.dataset or "facades"
+    folder = Path(args.data_dir or "data", name)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of each machine
+    if name in ("facades", "maps") and first and not folder.exists():
+        url = URL.format(name)
         try:
-            image = read_image(path)
-        except BadImage as error:
-            print(f"skipped {error}", file=sys.stderr)
-            continue
-        name = str(path.relative_to(folder))
-        if not name.lower().endswith(
-            (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
-        ):
-            name += ".png"
-        yield name, image.size, to_floats(to_square(image, args.image_size)[None])
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as part:
+                # 10 seconds, so that no download hangs. Mode "r|gz" would not notice an archive
+                # that ends between two files.
+                with urllib.request.urlopen(url, timeout=10) as response:
+                    with tarfile.open(fileobj=gzip.open(response), mode="r|") as archive:
+                        archive.extractall(part, filter="data")
+                if not folder.exists():  # another machine may have the same disk
+                    os.replace(Path(part, name), folder)
+        except (OSError, EOFError, tarfile.TarError, zlib.error, HTTPException) as error:
+            reason = "no network" if "urlopen error" in str(error) else repr(error)[:99]
+            reason = f"{folder} does not exist and cannot be downloaded ({reason})"
+            # Never replace what the user named. Several processes must train on the same set.
+            if args.dataset or args.data_dir or WORLD_SIZE > 1:
+                sys.exit(f"error: {reason} from {url}")
+            print(f"warning: {reason}: training on synthetic facades", file=sys.stderr)
+            args.dataset = "synthetic"
+    if WORLD_SIZE > 1:
+        dist.barrier()  # wait for the download
+    args.dataset = args.dataset or name
+    args.data_dir = os.path.abspath(args.data_dir or "data")  # for a checkpoint used elsewhere
 
 
-def load_pairs(args, split):
-    """This process's share of the split "train", or all of "val", held out: uint8 (N, 2, 3, size, size), A first, with
-    room for the jitter in "train".
-
-    Where no set was named and facades cannot be had, warns and sets args.dataset to synthetic."""
-    train = split == "train"
+def load_pairs(args, train):
+    """Returns this process's share of the training pairs, or all held-out pairs, and their names:
+    uint8 (N, 2, 3, size, size), A first, for training with room for the jitter."""
     size = round(args.image_size * 286 / 256) if train and args.jitter else args.image_size
-    share = slice(RANK, None, RANKS) if train else slice(None)
-    named = args.dataset
-    args.dataset = named or "facades"
-    folder = Path(args.data_dir)
-    if args.dataset in ("facades", "maps"):
-        folder /= args.dataset
-        if RANK == 0 and not os.path.exists(folder):
-            try:
-                download(args.dataset, folder.parent)
-            except (OSError, tarfile.TarError, EOFError, zlib.error, HTTPException) as error:
-                reason = f"no {folder}, no download of {URL.format(args.dataset)} ({error!r})"
-                # A named set is never replaced, and several processes must not find different ones.
-                if named or RANKS > 1:
-                    fail(f"{reason}: put it there, or choose another --data-dir")
-                print(f"warning: {reason}: training on synthetic facades", file=sys.stderr)
-                args.dataset = "synthetic"
-    if RANKS > 1:
-        dist.barrier()  # the first process has downloaded, the others find the files
+    share = slice(RANK, None, WORLD_SIZE) if train else slice(None)
     if args.dataset == "synthetic":
-        return synthetic_facades(400 if train else 100, size, seed=int(train))[share]
-    apart = os.path.isdir(folder / "A") and os.path.isdir(folder / "B")
-    paths = pairs_in_two_folders(folder, train) if apart else pairs_side_by_side(folder, train)
-    if not paths:
-        fail(
-            f"no {split} pairs in {folder}: make train/ and val/ or test/, or A/ and B/ of two each"
+        pairs = synthetic_facades(400 if train else 100, size, seed=int(train))[share]
+        names = [f"{n:05d}" for n in range(len(pairs))]
+    else:
+        folder = Path(args.data_dir)
+        if args.dataset != "folder":
+            folder /= args.dataset
+        sides, names = find_pairs(folder, train)
+        pairs, names = read_pairs(sides, names[share], size)
+    if WORLD_SIZE > 1 and train:
+        # Equal shares, so that all processes make the same number of steps.
+        counts = [0] * WORLD_SIZE
+        dist.all_gather_object(counts, len(pairs))
+        pairs = pairs[: min(counts)]
+    return pairs, names
+
+
+def find_pairs(folder, train):
+    """Returns the folders with the two sides of the split's pairs, or the one folder with files
+    that hold both, and the names of the files."""
+    apart = os.path.isdir(folder / "A")
+    split = "val" if os.path.isdir(folder / "val") else "test"
+    sides = ["A", "B"] if apart else ["train" if train else split]
+    sides = [folder / side for side in sides]
+    names = sorted({name for side in sides for name in list_files(side)})
+    nested = any(os.sep in name for name in names)
+    if not names or nested or apart == os.path.isdir(folder / "train"):
+        sys.exit(
+            f"error: {folder} must have train/ and val/ (or test/) with files that hold A and B "
+            f"side by side, or A/ and B/ with files of equal names, and no folders in these"
         )
-    return decode(partial(read_pair, size=size), paths[share], (2, 3, size, size))
+    if apart:
+        held_out = {*(names[9::10] or names[-1:])}
+        names = [name for name in names if (name in held_out) != train]
+    return sides, names
 
 
-def download(name, folder):
-    """Makes folder/name from the authors' archive, whole or not at all; a member that points outside it is refused."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as part:
-        # 10 seconds: a dead network would hang.
-        with urllib.request.urlopen(URL.format(name), timeout=10) as response:
-            # Not mode "r|gz", to which a stream that breaks off between two members is whole.
-            with tarfile.open(fileobj=gzip.open(response), mode="r|") as archive:
-                archive.extractall(part, filter="data")
-        os.replace(Path(part, name), folder / name)
+def read_pairs(sides, names, size):
+    """Returns the pairs that can be read, uint8 (N, 2, 3, size, size), and their names.
 
-
-def pairs_side_by_side(folder, train):
-    """Tuples of one path, a file with A and B, from train/ or from val/, or test/ where there is no val/."""
-    held_out = "val" if os.path.isdir(folder / "val") else "test"
-    return [(path,) for path in list_files(folder / ("train" if train else held_out))]
-
-
-def pairs_in_two_folders(folder, train):
-    """Tuples of a path in A/ and the one in B/ of the same name; every tenth is held out."""
-    a, b = folder / "A", folder / "B"
-    pairs = [(path, b / path.relative_to(a)) for path in list_files(a)]
-    lonely = {partner for _, partner in pairs} ^ {*list_files(b)}
-    if lonely:
-        fail(f"{min(lonely)} or its partner in {a} is missing")
-    held_out = {*(pairs[9::10] or pairs[-1:])}
-    return [pair for pair in pairs if (pair in held_out) != train]
+    They are in a temporary file that is mapped into memory, so that the set may be larger than
+    memory."""
+    file = tempfile.TemporaryFile()
+    kept = []
+    square = None
+    paths = [[side / name for side in sides] for name in names]
+    pool = ThreadPoolExecutor()
+    try:
+        for name, (pair, note) in zip(names, pool.map(read_pair, paths, itertools.repeat(size))):
+            if pair is None:
+                print(f"skipped {note}", file=sys.stderr)
+                continue
+            square = square or note
+            file.write(pair.numpy().tobytes())
+            kept.append(name)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if not kept:
+        sys.exit(f"error: {sides[0]} has no images, or fewer than there are processes")
+    if square:
+        print(f"warning: {square}", file=sys.stderr)
+    pairs = np.memmap(file, mode="c", shape=(len(kept), 2, 3, size, size))
+    return torch.from_numpy(pairs), kept
 
 
 def list_files(folder):
-    """The paths of all files below `folder`, in order, without hidden ones."""
+    """Returns the names of all files below `folder`, in order, without hidden files."""
     names = sorted(glob.glob("**", root_dir=folder, recursive=True))
-    return [folder / name for name in names if (folder / name).is_file()]
-
-
-def decode(read, paths, shape):
-    """read(path) of all paths, in order: uint8 (N, *shape), in a file of TMPDIR that is mapped into memory. A path for
-    which it raises BadImage is named and left out."""
-    size = len(paths) * math.prod(shape) * RANKS
-    folder = tempfile.gettempdir()
-    if size > shutil.disk_usage(folder).free:  # asked, as a full disk would kill the process
-        fail(f"{folder} has no room for {size:,} bytes of images: set TMPDIR")
-    # One image more, as an empty file cannot be mapped.
-    images = np.memmap(tempfile.TemporaryFile(), np.uint8, "w+", shape=(len(paths) + 1, *shape))
-    count = 0
-    pool = ThreadPool()
-    results = pool.imap(read, paths)
-    try:
-        for _ in paths:
-            try:
-                images[count] = next(results)
-                count += 1
-            except BadImage as error:
-                print(f"skipped {error}", file=sys.stderr)
-    finally:  # after Ctrl-C, too: a thread still within torch at the program's end aborts it
-        pool.terminate()
-        pool.join()
-    if count == 0:
-        fail(f"none of {len(paths):,} files could be used: is --data-dir the right folder?")
-    return torch.from_numpy(images[:count])
-
-
-class BadImage(Exception):
-    """A file that Pillow cannot read, or that is no pair."""
+    return [name for name in names if (folder / name).is_file() and "Thumbs.db" not in name]
 
 
 def read_pair(paths, size):
-    """uint8 (2, 3, size, size), A first, of one file with both side by side or of two. Raises BadImage."""
-    a = b = read_image(paths[0])
-    if len(paths) == 2:
-        b = read_image(paths[1])
-    else:
-        a = b.crop((0, 0, b.width // 2, b.height))
-        b = b.crop((a.width, 0, b.width, b.height))
+    """Returns the pair, uint8 (2, 3, size, size), A first, and a warning or None; or None and an
+    error."""
+    try:
+        images = [read_image(path) for path in paths]
+    except OSError as error:
+        return None, error
+    a = images[0]
+    b = images[-1]
+    note = None
+    if len(paths) == 1:
+        if a.width == a.height:
+            note = f"{paths[0]} is square, and still cut in half into A and B"
+        half = a.width // 2
+        b = a.crop((half, 0, a.width, a.height))
+        a = a.crop((0, 0, half, a.height))
     if a.size != b.size:
-        raise BadImage(f"{paths[0]}: the sizes of A and B differ: {a.size} and {b.size}")
-    return torch.stack([to_square(a, size), to_square(b, size)])
-
-
-PILLOW_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
-PILLOW_ERRORS += (struct.error,)  # of a damaged EXIF part
+        return None, f"{paths[0]}: the sizes of A and B differ: {a.size} and {b.size}"
+    return torch.stack([to_square(a, size), to_square(b, size)]), note
 
 
 def read_image(path):
-    """An RGB image, upright, whatever the file's mode. Raises BadImage."""
+    """Returns the image, upright and in RGB. Raises OSError with the path and Pillow's error."""
     try:
         image = ImageOps.exif_transpose(Image.open(path))
-    except PILLOW_ERRORS as error:
-        raise BadImage(f"{path}: {error}") from error
+    except Exception as error:  # Pillow raises many kinds
+        raise OSError(f"{path}: {error}") from error
     if image.mode.startswith("I"):  # 16 bits, which convert() would clip
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
@@ -479,241 +493,221 @@ def to_square(image, size):
 
 
 def synthetic_facades(count, size, seed):
-    """`count` pairs, a rendered facade and its labels in the colours of CMP's: uint8 (count, 2, 3, size, size)."""
-    random, pairs = np.random.default_rng(seed), []
-    for _ in range(count):
-        sky, wall, glass, door = random.integers((60, 80, 100), (160, 180, 220), (4, 3))
-        w = 216 // random.integers(3, 7)  # of a window and the wall around it
-        h = 180 // random.integers(3, 7)
-        boxes = [
-            (0, 0, 256, 256, sky, (0, 0, 222)),
-            (20, 20, 216, 236, wall, (0, 48, 255)),
-            (20 + random.integers(180), 214, 36, 42, door, (0, 207, 255)),
-        ]
-        for x in range(20 + w // 4, 220, w):
-            for y in range(40, 200, h):
-                boxes.append((x, y, w // 2, h // 2, glass // 3, (0, 128, 255)))  # window
-        pair = np.zeros((2, 256, 256, 3))
-        for x, y, w, h, *colors in boxes:
-            pair[:, y : y + h, x : x + w] = np.reshape(colors, (2, 1, 1, 3))
-        pair[0] += random.normal(0, 8, (256, 256, 3))
-        pairs.append(pair.clip(0, 255).astype(np.uint8))
-    pairs = torch.from_numpy(np.concatenate(pairs)).permute(0, 3, 1, 2)
-    return resize(pairs, [size, size]).unflatten(0, (count, 2))
+    """`count` drawn facades and their labels, in CMP's colours, under random affine maps: uint8
+    (count, 2, 3, size, size)."""
+    torch.manual_seed(seed)
+    labels = torch.tensor([(0, 0, 222), (0, 48, 255), (0, 128, 255)])  # sky, wall, window
+    pairs = torch.empty(count, 2, 3, size, size, dtype=torch.uint8)
+    for pair in pairs:
+        kinds = torch.zeros(1, 1, 16, 16)
+        kinds[..., 2:, 2:14] = 1
+        kinds[..., 3:15:2, 3:13:2] += torch.rand(6, 5) < 0.8
+        # The identity, with each entry changed by up to a quarter.
+        maps = torch.eye(2, 3) + torch.empty(1, 2, 3).uniform_(-0.25, 0.25)
+        grid = F.affine_grid(maps, (1, 1, size, size), align_corners=False)
+        kinds = F.grid_sample(kinds, grid, "nearest", align_corners=False).long().squeeze()
+        colors = torch.randint(60, 220, (3, 3))
+        colors[2] //= 3
+        photo = colors[kinds] + torch.randint(-20, 21, (size, size, 1))
+        pair[:] = torch.stack([photo, labels[kinds]]).permute(0, 3, 1, 2)
+    return pairs
 
 
-def batches(pairs, args, device):
-    """One epoch in random order, as in split_pairs(); the last batch may have fewer. Crop and mirror are drawn once a
-    pair, for both images: section 6.2."""
-    jitter = Compose([RandomCrop(args.image_size), RandomHorizontalFlip()])
-    for index in torch.randperm(len(pairs), device=pairs.device).split(args.batch_size):
-        part = pairs.index_select(0, index).to(device)
-        if args.jitter:
-            part = torch.stack([jitter(pair) for pair in part])
-        yield split_pairs(part, args.direction)
+# Seconds between two lines of progress, and what a line starts and ends with. On a terminal: clear
+# the old one, cut the new one at the edge (?7l to ?7h), and go back to its start.
+PAUSE = 60
+START = ""
+END = "\n"
+if sys.stdout.isatty():
+    PAUSE = 0.5
+    START = "\033[K\033[?7l"
+    END = "\033[?7h\r"
 
 
-def split_pairs(pairs, direction):
-    """uint8 pairs (B, 2, 3, H, W) to source and target, each floats (B, 3, H, W) in [-1, 1]."""
-    a, b = map(to_floats, pairs.unbind(1))
-    return (a, b) if direction == "AtoB" else (b, a)
+def progress(batches, sums, history, args):
+    """Yields the batches of an epoch, and prints the means of `sums` over the steps so far.
+
+    At the end of the epoch, appends them to `history`. Ends the program if one is not finite."""
+    epoch = len(history) + 1
+    began = shown = perf_counter()
+    for step, batch in enumerate(batches, 1):
+        yield batch
+        done = step / len(batches)
+        if done < 1 and perf_counter() - shown < PAUSE:
+            continue
+
+        row = {name: float(total) / step for name, total in sums.items()}  # waits for the GPU
+        if not all(map(math.isfinite, row.values())):
+            sys.exit(f"error: loss not finite in epoch {epoch}, not saved: lower --lr: {row}")
+        shown = perf_counter()
+        seconds = shown - began
+        rate = step * len(batch) * WORLD_SIZE / seconds
+        left = ((args.epochs - epoch + 1) / done - 1) * seconds / 60
+        line = f"{START}epoch {epoch}/{args.epochs}  {done:.0%}  {left:.0f} min left"
+        for name, mean in row.items():
+            line += f"  {name} {mean:.3g}"
+        if RANK == 0:
+            end = END if done < 1 else END.replace("\r", "\n")
+            print(f"{line}  {rate:,.0f} images/s", end=end, flush=True)
+
+    if history:
+        seconds += history[-1]["seconds"]  # of the whole run
+    history.append({"epoch": epoch, **row, "images_per_second": rate, "seconds": seconds})
 
 
-def to_floats(x):
-    return x.float().div(127.5).sub(1)
-
-
-def fewest(steps, device):
-    """The number of steps that all processes can make; the program ends if one has too few images for any."""
-    steps = torch.tensor(steps, device=device)
-    if RANKS > 1:
-        dist.all_reduce(steps, dist.ReduceOp.MIN)
-    if steps == 0:
-        fail("too few images for a step: lower --batch-size")
-    return steps.item()
-
-
-TERMINAL = sys.stdout.isatty()
-PAUSE = 0.5 if TERMINAL else 60  # seconds between lines of progress within an epoch
-
-
-def summary(sums, step, batch, began, rows):
-    """The row of metrics after `step` steps, of `batch` images each: their means, images per second, and the run's seconds."""
-    row = {"epoch": len(rows) + 1}
-    row |= {name: total.item() / step for name, total in sums.items()}  # waits for the GPU
-    seconds = time.perf_counter() - began
-    before = rows[-1]["seconds"] if rows else 0
-    return {**row, "images_per_second": step * batch / seconds, "seconds": before + seconds}
-
-
-def show(row, args, part=1):
-    """Prints the metrics after a part of the epoch, and the time left at the run's mean rate."""
-    numbers = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
-    left = row["seconds"] * (args.epochs / (row["epoch"] - 1 + part) - 1) / 60
-    line = f"{left:.1f} min left, {part:.0%} of {numbers}"
-    if TERMINAL and part < 1:  # ?7l cuts it off at the edge, K erases what stands there
-        print(f"\033[?7l{line}\033[K\033[?7h", end="\r", flush=True)
-    else:
-        print(f"\033[K{line}" if TERMINAL else line, flush=True)
-
-
-def save(parts, rows, args):
-    """Writes metrics.csv. Every --save-every or --keep-every epochs, and after the last one, replaces checkpoint.pt in one
-    step, too: after a kill or on a full disk it is the old one or the new one."""
+def save(state, history, args):
+    """Writes metrics.csv and, every --save-every epochs, replaces checkpoint.pt in one step: a kill
+    or a full disk leaves the old one or the new one."""
+    flags = vars(args) | dict.fromkeys(THIS_COMMAND)
+    # weights_only=True requires plain values. argparse makes paths of strings again.
+    checkpoint = json.dumps({"script": NAME, "args": flags, "metrics": history}, default=os.fspath)
+    checkpoint = json.loads(checkpoint)
     with open(args.out_dir / "metrics.csv", "w") as file:
-        writer = csv.DictWriter(file, rows[-1], extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, history[-1], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
-    epoch = len(rows)
-    keep = args.keep_every and epoch % args.keep_every == 0
-    if not keep and epoch % args.save_every and epoch != args.epochs:
-        return
-    flags = {name: value for name, value in vars(args).items() if name not in ONE_COMMAND}
-    # Plain values, whatever a new flag or metric is: load_checkpoint() takes no others.
-    checkpoint = {"script": NAME, "torch": torch.__version__, "args": flags, "metrics": rows}
-    checkpoint = json.loads(json.dumps(checkpoint, default=str))
-    for name, part in parts.items():
+        writer.writerows(history)
+
+    for name, part in state.items():
         checkpoint[name] = part.state_dict()
-    with open(args.out_dir / "checkpoint.part", "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if keep:
-        shutil.copy(file.name, args.out_dir / f"checkpoint_{epoch:04d}.pt")
-    os.replace(file.name, args.out_dir / "checkpoint.pt")
+    epoch = len(history)
+    names = []
+    if args.keep_every and epoch % args.keep_every == 0:
+        names = [f"checkpoint_{epoch:04d}.pt"]
+    if names or epoch % args.save_every == 0 or epoch == args.epochs:
+        names.append("checkpoint.pt")
+    for name in names:
+        with open(args.out_dir / "checkpoint.part", "wb") as file:
+            torch.save(checkpoint, file)
+        os.replace(file.name, args.out_dir / name)
 
 
-def load_checkpoint(path):
-    """What save() wrote to `path`. Runs no code in it; ends with one line if it is anything else."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["script"] != NAME:
-            raise ValueError(checkpoint["script"])
-        return checkpoint
-    except Exception as error:  # torch.load raises eight kinds
-        fail(f"{path} is no checkpoint of {NAME}.py, or damaged: {error!r:.200}")
+def new_folder(path):
+    """Makes and returns the first of the folders `path`, `path`-2, `path`-3, ... that is free."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    for n in itertools.count(1):
+        folder = Path(f"{path}-{n}" if n > 1 else path)
+        # Never overwrite a grid of samples, even if its folder is gone.
+        if not os.path.exists(f"{folder}.png"):
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:  # perhaps made just now by another process
+                continue
 
 
-def first_free(path):
-    """Makes the first folder of `path`, `path`-2, `path`-3, ... that is not there yet, and returns its path."""
-    free = path
-    for n in itertools.count(2):
-        if not os.path.exists(free.with_suffix(".png")) and make_folder(free):
-            return free
-        free = path.with_name(f"{path.name}-{n}")
+# Flags of one command only, which a checkpoint does not keep.
+THIS_COMMAND = (
+    "cuda",
+    "out_dir",
+    "resume",
+    "sample",
+    "num_samples",
+    "input",
+    "deterministic",
+)
 
 
-def make_folder(path):
-    """Makes the folder; False if it was there, perhaps made just now by another run."""
-    try:
-        path.mkdir(parents=True)
-        return True
-    except OSError as error:
-        if not os.path.isdir(path):
-            fail(f"cannot make the folder {path}: {error.strerror}")
-        return False
-
-
-def fail(reason):
-    """Ends the program with one line on stderr: for what its user can mend."""
-    sys.exit(f"{NAME}.py: error: {reason}")
-
-
-# Flags of one command, which a checkpoint does not keep, those that it fixes, and those of which 0 is a value.
-ONE_COMMAND = ("cuda", "out_dir", "resume", "sample", "num_samples", "input", "deterministic")
-FIXED = ("dataset", "direction", "image_size", "width")
-MAY_BE_ZERO = ("seed", "decay_epochs", "l1_weight", "gan_weight")
+def positive(text):
+    """For argparse: a whole number of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
 
 
 def parse_args(argv=None):
-    """The arguments, and the checkpoint that --resume or --sample names, else None."""
-    about = __doc__.split("\n\n")[0]
-    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=about)
-    yes_or_no = argparse.BooleanOptionalAction
-
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, default=200, help="passes over the training set (%(default)s)")
-    add("--decay-epochs", type=int, default=0, help="the last, with --lr falling to 0")
-    add("--batch-size", type=int, default=1, help="pairs per step and process (%(default)s)")
-    add("--lr", type=float, default=2e-4, help="learning rate of Adam (%(default)s)")
-    add("--l1-weight", type=float, default=100.0, help="of the L1 loss (%(default)s)")
-    add("--gan-weight", type=float, default=1.0, help="of the GAN's loss (%(default)s)")
-    add("--seed", type=int, default=0, help="repeats a CPU run to the bit (%(default)s)")
-    add("--cuda", action="store_true", help="use the GPU; under torchrun, each process its own")
-    add("--bf16", action=yes_or_no, default=False, help="autocast to bfloat16")
-    add("--compile", action=yes_or_no, default=False, help="torch.compile the networks")
-
-    add = parser.add_argument_group("data").add_argument
-    names = ("facades", "maps", "folder", "synthetic")
-    add("--dataset", choices=names, help="default: facades, or synthetic if they cannot be had")
-    where = "where the sets are, or a folder's pairs (data)"
-    add("--data-dir", type=os.path.abspath, default="data", help=where)
-    add("--direction", choices=("AtoB", "BtoA"), help="default: AtoB; facades, synthetic: BtoA")
-    add("--image-size", type=int, default=256, help="32, 64, ..., 1024 (%(default)s)")
-    add("--jitter", action=yes_or_no, default=True, help="crop of 286/256, mirror")
-
-    add = parser.add_argument_group("networks").add_argument
-    add("--width", type=int, default=64, help="channels of the narrowest level (%(default)s)")
-
-    add = parser.add_argument_group("files").add_argument
-    add("--out-dir", type=Path, help=f"default: the first free of runs/{NAME}, ...")
-    add("--save-every", type=int, default=5, help="epochs between checkpoints (%(default)s)")
-    add("--keep-every", type=int, help="also keep every N-th epoch's, as checkpoint_0025.pt")
-    add("--resume", type=Path, help="go on from that checkpoint, or that run's folder")
-    add("--sample", type=Path, help="no training: translate images by that checkpoint")
-    add("--num-samples", type=int, help="how many images --sample writes; default: all")
-    add(
-        "--input",
-        type=Path,
-        help="with --sample: an image or a folder; default: held-out pairs",
+    """Returns the arguments, and the checkpoint that --resume or --sample names, else None."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,  # so that an error is one line
+        epilog=__doc__.partition("\n\nWrites to")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add = parser.add_argument
+    number = {"type": positive, "metavar": "N"}
+    switch = {"action": argparse.BooleanOptionalAction, "default": False}
+    add("--epochs", **number, default=200, help="passes over the training set (%(default)s)")
+    add("--decay-epochs", type=int, default=0, help="epochs at the end over which --lr falls (0)")
+    add("--batch-size", **number, default=1, help="pairs per step and process (%(default)s)")
+    add("--lr", type=float, default=2e-4, help="Adam's learning rate (%(default)s)")
+    add("--l1-weight", type=float, default=100.0, help="weight of the L1 loss (%(default)s)")
+    add("--gan-weight", type=float, default=1.0, help="weight of the GAN loss (%(default)s)")
+    add("--seed", type=int, default=0, help="makes CPU runs bit-reproducible (0)")
+    add("--cuda", action="store_true", help="use the GPU; under torchrun, one per process")
+    add("--bf16", **switch, help="autocast to bfloat16")
+    add("--compile", **switch, help="torch.compile the networks")
+    sets = ("facades", "maps", "folder", "synthetic")
+    add("--dataset", choices=sets, help="default: facades, if available")
+    add("--data-dir", type=os.path.abspath, help="where the data sets are, or your pairs (data)")
+    add("--direction", choices=("AtoB", "BtoA"), help="AtoB; for facades and synthetic, BtoA")
+    sizes = (32, 64, 128, 256, 512, 1024)
+    add("--image-size", type=int, choices=sizes, default=256, help="(%(default)s)")
+    jitter = {**switch, "default": True}
+    add("--jitter", **jitter, help="random crop and mirroring of the training pairs (on)")
+    add("--width", **number, default=64, help="channels of the narrowest level (%(default)s)")
+    add("--out-dir", type=Path, help="default: a new folder in runs/")
+    add("--save-every", **number, default=5, help="epochs between checkpoints (%(default)s)")
+    add("--keep-every", **number, help="also keep every N-th epoch's checkpoint")
+    use = parser.add_mutually_exclusive_group().add_argument
+    use("--resume", type=Path, help="continue from that run or checkpoint")
+    use("--sample", type=Path, help="translate the held-out pairs with that run or checkpoint")
+    add("--num-samples", **number, help="with --sample: number of images (all)")
+    add("--input", type=Path, help="with --sample: translate this image or folder")
     add("--deterministic", action="store_true", help="with --sample: without dropout")
 
-    args, checkpoint = parser.parse_args(argv), None
+    args = parser.parse_args(argv)
+    checkpoint = None
     path = args.resume or args.sample
     if path:
         if os.path.isdir(path):
             path /= "checkpoint.pt"
-        # What the checkpoint keeps becomes the defaults, so that no other flag is needed.
-        checkpoint = load_checkpoint(path)
-        parser.set_defaults(out_dir=path.parent, **checkpoint["args"])
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            script = checkpoint["script"]
+            # What the checkpoint saved becomes the default, so that no flag need be repeated.
+            parser.set_defaults(**checkpoint["args"])
+        except (FileNotFoundError, PermissionError) as error:
+            parser.error(error)
+        except Exception:  # torch.load raises many kinds
+            parser.error(f"{path} is damaged, or not a checkpoint")
+        if script != NAME:
+            parser.error(f"{path} is of {script}.py")
+        if args.sample or path.name == "checkpoint.pt":
+            parser.set_defaults(out_dir=path.parent)
         args = parser.parse_args(argv)
-        for name in FIXED:
-            if getattr(args, name) != checkpoint["args"].get(name):
-                parser.error(f"--{name.replace('_', '-')} is fixed by {path}: leave it out")
 
+    if args.out_dir and not args.sample and os.path.isdir(args.out_dir):
+        newest = (args.out_dir / "checkpoint.pt").resolve()
+        if os.listdir(args.out_dir) and (not path or path.resolve() != newest):
+            parser.error(f"{args.out_dir} is not empty: --resume it, or use another --out-dir")
+    if not 0 < args.lr <= 1:
+        parser.error("--lr must be above 0 and at most 1")
+    for weight in (args.l1_weight, args.gan_weight):
+        if not 0 <= weight < math.inf:
+            parser.error("--l1-weight and --gan-weight must be at least 0, and finite")
+    if not 0 <= args.decay_epochs <= args.epochs:
+        parser.error("--decay-epochs must be at least 0 and at most --epochs")
+    if (args.num_samples or args.input or args.deterministic) and not args.sample:
+        parser.error("--num-samples, --input and --deterministic need --sample")
     if args.direction is None:
         args.direction = "AtoB" if args.dataset in ("maps", "folder") else "BtoA"
-    if args.image_size not in (32, 64, 128, 256, 512, 1024):
-        parser.error(f"--image-size is a power of two from 32 to 1024, not {args.image_size}")
-    if args.decay_epochs > args.epochs:
-        parser.error("--decay-epochs are part of --epochs, so at most as many")
-    for name, value in vars(args).items():
-        if type(value) not in (int, float) or (value == 0 and name in MAY_BE_ZERO):
-            continue
-        if not 0 < value < 2**31:
-            parser.error(f"--{name.replace('_', '-')} {value} is too small or too large")
-    if args.sample and (args.resume or RANKS > 1):
-        parser.error("--sample goes without --resume, and without torchrun")
-    if (args.input or args.deterministic) and not args.sample:
-        parser.error("--input and --deterministic need --sample")
-    if args.out_dir and not args.sample and os.path.isdir(args.out_dir):
-        if path != args.out_dir / "checkpoint.pt" and any(args.out_dir.glob("checkpoint*.pt")):
-            parser.error(f"{args.out_dir} holds a run: --resume it, or use another --out-dir")
     return args, checkpoint
 
 
 def main():
     args, checkpoint = parse_args()
-    if RANK:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+    run = sample if args.sample else train
     try:
-        run = sample if args.sample else train
         run(args, checkpoint)
+    except (OSError, RuntimeError) as error:
+        # The disk is full, which torch.save reports as a RuntimeError, or cannot be written.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, FileNotFoundError) or not isinstance(cause, OSError):
+            raise
+        sys.exit(f"error: {cause}")
     except KeyboardInterrupt:
-        saved = run is train and args.out_dir and (args.out_dir / "checkpoint.pt").exists()
-        advice = f": python {NAME}.py --resume {args.out_dir} goes on" if saved else ""
-        print(f"\nstopped{advice}", file=sys.stderr)
+        line = "stopped"
+        if run is train and os.path.exists(f"{args.out_dir}/checkpoint.pt"):
+            line += f"; to continue: python {NAME}.py --resume {args.out_dir}"
+        print(f"\n{line}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -1,33 +1,41 @@
-"""Measures what the README reports; a command, not a test. Prints markdown rows, and progress on stderr.
+"""Measures what the README reports: a command, not a test. Prints a table in Markdown.
 
-    python tests/benchmark.py speed [vae gan dcgan pix2pix]    images/s of a script's loop and of a plain one, in turn
-    python tests/benchmark.py gpu [vae gan ...]                the commands on a CUDA GPU, with and without --bf16, --compile
-    python tests/benchmark.py torchrun [vae gan ...]           images/s of one process and of one for each core
-    python tests/benchmark.py quality FOLDER [FOLDER ...]      generated digits beside the MNIST test set
-    python tests/benchmark.py facades FOLDER [FOLDER ...]      the held-out facades translated: the paper's FCN score
+    python tests/benchmark.py speed [vae gan dcgan pix2pix]
+        images/s of a script's training loop and of a plain one, in turn
+    python tests/benchmark.py gpu [vae gan ...]
+        three epochs on a CUDA GPU, with and without --bf16 and --compile
+    python tests/benchmark.py torchrun [vae gan ...]
+        images/s of one process, and of one process for each core
+    python tests/benchmark.py quality FOLDER [FOLDER ...]
+        generated digits, compared with the test set of MNIST
+    python tests/benchmark.py facades FOLDER [FOLDER ...]
+        translations of the held-out facades: the FCN score of the paper
 
-The folders are what --sample wrote. MNIST and facades are read from --data-dir (data).
+The folders are those that --sample wrote. MNIST and facades are read from --data-dir (data).
 """
 
 import argparse
-import contextlib
-import csv
 import os
 import subprocess
 import sys
-import tempfile
-import time
-from collections import OrderedDict
+from contextlib import redirect_stdout
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.optim import Adam, AdamW
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
-from torchvision import datasets, transforms
-from torchvision.transforms import v2
+from torchvision.datasets import MNIST
+from torchvision.transforms import Compose, Normalize, Pad, ToTensor, v2
+from torchvision.transforms.functional import pil_to_tensor
+from torchvision.tv_tensors import Mask
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,6 +43,8 @@ import dcgan  # noqa: E402
 import gan  # noqa: E402
 import pix2pix  # noqa: E402
 import vae  # noqa: E402
+
+tell = partial(print, file=sys.stderr)
 
 
 def row(*cells):
@@ -46,92 +56,111 @@ def table(*columns):
     row(*["---"] * len(columns))
 
 
-# The plain loops of speed are those of public code: float32, transforms image by image in a
-# DataLoader, unfused Adam, every gradient computed, the losses read in each step, which they yield.
-# Networks, --batch-size and --lr are the script's.
-def plain_vae(args, _):
-    """pytorch/examples' vae."""
-    data = datasets.MNIST(args.data_dir, transform=transforms.ToTensor())
-    model = vae.VAE(args.width, args.latent_dim)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+class Measured(Exception):
+    """Ends a loop, with its steps per second."""
+
+
+def timed(batches, args):
+    """Yields args.steps batches, after a third as many to warm up. Then raises Measured."""
+    batches = iter(batches)
+    yield from islice(batches, args.steps // 3)
+    began = perf_counter()
+    yield from islice(batches, args.steps)
+    raise Measured(args.steps / (perf_counter() - began))
+
+
+# The plain loops of `speed` are those of public code: float32, a DataLoader that transforms image
+# by image, unfused Adam, gradients of D in G's step, too, and losses that are read in each step.
+# The networks, --batch-size and --lr are those of the script.
+def minimize(loss, optimizer):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def mnist_batches(args, *steps):
+    """Yields noise and images."""
+    data = MNIST(args.data_dir, transform=Compose(steps))
     for x, _ in DataLoader(data, args.batch_size, shuffle=True):
-        x = x.view(-1, 784)
-        optimizer.zero_grad()
-        logits, mean, logvar = model(x, torch.randn(len(x), args.latent_dim))
-        reconstruction = F.binary_cross_entropy(torch.sigmoid(logits), x, reduction="sum")
-        loss = reconstruction - 0.5 * torch.sum(1 + logvar - mean.pow(2) - logvar.exp())
-        loss.backward()
-        optimizer.step()
-        yield loss.item()
+        yield torch.randn(len(x), args.latent_dim), x
 
 
-def cross_entropy(logits, target):
-    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
+def plain_vae(args):
+    """The VAE of pytorch/examples."""
+    model = vae.VAE(args.latent_dim, args.width, args.autoencoder)
+    optimizer = Adam(model.parameters())
+    for epsilon, x in timed(mnist_batches(args, ToTensor()), args):
+        logits, kl = model(x, epsilon)
+        minimize((vae.reconstruction_loss(logits, x) + kl).sum(), optimizer)
 
 
-def plain_gan(args, script):
-    """pytorch/examples' dcgan, and for gan.py the same."""
-    sizes, steps = [], [transforms.ToTensor(), transforms.Normalize(0.5, 0.5)]
-    if script is dcgan:
+def plain_gan(args):
+    """The DCGAN of pytorch/examples, and the same for gan.py."""
+    script = gan
+    sizes = []
+    pad = []
+    if hasattr(args, "image_size"):
+        script = dcgan
         sizes = [args.image_size, 1]
-        steps.insert(0, transforms.Pad((args.image_size - 28) // 2))
-    data = datasets.MNIST(args.data_dir, transform=transforms.Compose(steps))
+        pad = [Pad((args.image_size - 28) // 2)]
+    batches = mnist_batches(args, *pad, ToTensor(), Normalize(0.5, 0.5))
     generator = script.Generator(*sizes, args.latent_dim, args.width)
-    discriminator = script.Discriminator(*sizes, args.width)
-    optimizer_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999))
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.999))
-    for x, _ in DataLoader(data, args.batch_size, shuffle=True, drop_last=True):
-        fake = generator(torch.randn(args.batch_size, args.latent_dim))
-        optimizer_d.zero_grad()
-        loss_real = cross_entropy(discriminator(x.view_as(fake)), 1)
-        loss_real.backward()
-        loss_fake = cross_entropy(discriminator(fake.detach()), 0)
-        loss_fake.backward()
-        optimizer_d.step()
-
-        optimizer_g.zero_grad()
-        loss_g = cross_entropy(discriminator(fake), 1)
-        loss_g.backward()
-        optimizer_g.step()
-        yield loss_real.item(), loss_fake.item(), loss_g.item()
+    adversarial(generator, script.Discriminator(*sizes, args.width), batches, args)
 
 
-def plain_pix2pix(args, _):
-    """pytorch-CycleGAN-and-pix2pix, the authors' own."""
-    paths = sorted(Path(args.data_dir, "facades", "train").glob("*.jpg"))
-    loader = DataLoader(paths, args.batch_size, shuffle=True, collate_fn=read_facade)
-    generator = pix2pix.Generator(args.image_size, args.width)
-    discriminator = pix2pix.Discriminator(args.width)
-    optimizer_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999))
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.999))
-    for source, target in loader:
-        fake = generator(source)
-        optimizer_d.zero_grad()
-        loss_fake = cross_entropy(discriminator(source, fake.detach()), 0)
-        loss_real = cross_entropy(discriminator(source, target), 1)
-        loss_d = (loss_fake + loss_real) / 2
-        loss_d.backward()
-        optimizer_d.step()
+def plain_pix2pix(args):
+    """pytorch-CycleGAN-and-pix2pix, by the authors."""
 
-        optimizer_g.zero_grad()
-        loss_gan = cross_entropy(discriminator(source, fake), 1)
-        loss_l1 = F.l1_loss(fake, target)
-        loss_g = loss_gan + args.l1_weight * loss_l1
-        loss_g.backward()
-        optimizer_g.step()
-        yield loss_d.item(), loss_gan.item(), loss_l1.item()
+    def read(path):
+        pair = jitter(256)(pix2pix.read_pair([path], 286)[0])
+        source, target = pix2pix.source_and_target(pair.unsqueeze(0), args)
+        return source, source, target
+
+    paths = [*Path(args.data_dir, "facades", "train").glob("*.jpg")]
+    batches = DataLoader(paths, batch_size=None, shuffle=True, collate_fn=read)
+    generator = pix2pix.Generator(256, args.width)
+    adversarial(generator, pix2pix.Discriminator(args.width), batches, args)
 
 
-def read_facade(paths):
-    """Labels and photo of a path, (1, 3, 256, 256) in [-1, 1] each, cropped and mirrored alike."""
-    both = Image.open(*paths).convert("RGB")
-    sides = both.crop((256, 0, 512, 256)), both.crop((0, 0, 256, 256))
-    steps = [v2.Resize((286, 286), Image.BICUBIC), v2.RandomCrop(256), v2.RandomHorizontalFlip()]
-    steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
-    return [image[None] for image in v2.Compose(steps)(*sides)]
+def jitter(size):
+    """Crops and mirrors all that it is given alike."""
+    return v2.Compose([v2.RandomCrop(size), v2.RandomHorizontalFlip()])
 
 
-LOOPS = [  # and the steps that a round measures
+def adversarial(generator, discriminator, batches, args):
+    """A batch has the input of G, the condition of D, if it has one, and real images."""
+    adam = partial(Adam, lr=args.lr, betas=(0.5, 0.999))
+    optimizer_g = adam(generator.parameters())
+    optimizer_d = adam(discriminator.parameters())
+    for z, *condition, real in timed(batches, args):
+        fake = generator(z)
+        fake_logits = discriminator(*condition, fake.detach())
+        loss_d = dcgan.discriminator_loss(discriminator(*condition, real), fake_logits)
+        minimize(loss_d, optimizer_d)
+        loss_g = dcgan.generator_loss(discriminator(*condition, fake))
+        if condition:
+            loss_g += args.l1_weight * F.l1_loss(fake, real)
+        minimize(loss_g, optimizer_g)
+
+
+def own(script, args):
+    """The loop of the script."""
+    script.progress = lambda batches, *_: timed(batches, args)
+    with TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        args.out_dir = Path(folder)
+        script.train(args, None)
+
+
+def rate(loop, args):
+    """Returns the loop's images per second."""
+    try:
+        loop(args)
+    except Measured as measured:
+        return measured.args[0] * args.batch_size
+
+
+LOOPS = [  # and the steps of a round
     (vae, plain_vae, "vae.py", 300),
     (gan, plain_gan, "gan.py", 200),
     (dcgan, plain_gan, "dcgan.py --image-size 32", 24),
@@ -140,71 +169,52 @@ LOOPS = [  # and the steps that a round measures
 ]
 
 
-def plain_rate(loop, steps):
-    """Steps per second, after a third as many to warm up."""
-    for _ in range(steps // 3):
-        next(loop)
-    began = time.perf_counter()
-    for _ in range(steps):
-        next(loop)
-    return steps / (time.perf_counter() - began)
-
-
-def own_rate(script, command, steps):
-    """What train() itself reports of its second epoch, of two of so many steps."""
-    rows, progress = [], getattr(script, "progress", None)
-    script.fewest = lambda *_: steps
-    script.progress = lambda batches, *rest: progress(batches[:steps], *rest)
-    script.save = lambda _, metrics, args: rows.extend(metrics)
-    if script is pix2pix:  # whose held-out pairs take longer than the steps
-        script.evaluate = lambda *_: (torch.zeros(3, 3, 8, 8), {})
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        script.train(*script.parse_args([*command, "--epochs", "2", "--out-dir", folder]))
-    script.progress = progress
-    return rows[-1]["images_per_second"]
-
-
 def speed(args):
     table("images/s of the loop", "plain", "the script's", "ratio")
     for script, plain, line, steps in LOOPS:
         if script.NAME not in args.what:
             continue
         line += " --bf16" * args.bf16
-        command, rounds = [*line.split()[1:], "--data-dir", args.data_dir], []
-        settings, _ = script.parse_args(command)
-        for n in range(args.rounds):  # in turn, so that the machine's ups and downs meet both alike
-            slow = settings.batch_size * plain_rate(plain(settings, script), steps)
-            fast = own_rate(script, command, steps)
+        settings = script.parse_args([*line.split()[1:], "--data-dir", args.data_dir])[0]
+        settings.steps = steps
+        rounds = []
+        for _ in range(3):  # in turn, so that both meet the same other load
+            slow = rate(plain, settings)
+            fast = rate(partial(own, script), settings)
             rounds.append((fast / slow, slow, fast))
-            print(f"round {n + 1}: {slow:.2f} and {fast:.2f} images/s", file=sys.stderr)
-        ratio, slow, fast = sorted(rounds)[args.rounds // 2]  # the round of the median ratio
-        row(f"`{line}`", *(f"{value:,.2f}" for value in (slow, fast, ratio)))
+            tell("ratio, plain, the script's:", *rounds[-1])
+        ratio, slow, fast = sorted(rounds)[1]  # the round of the median ratio
+        row(f"`{line}`", f"{slow:,.2f}", f"{fast:,.2f}", f"{ratio:,.2f}")
 
 
-def commands(args, lines, ways):
-    """A row for each command: images/s of its last epoch and seconds of all, in each of the ways to start it."""
+def commands(args, flags, ways):
+    """Prints a row for each script: the images/s of its last epoch and the seconds of all, for each
+    way to start it."""
     table("images/s, seconds of the loop", *ways)
-    for line in lines:
-        cells = []
+    for name in args.what:
+        command = f"{name}.py {flags[name]}"
+        cells = [f"`{command}`"]
         for way in ways.values():
-            words = way.format(line).split()
-            print(*words, file=sys.stderr)
-            words[words.index("python")] = sys.executable
-            with tempfile.TemporaryDirectory() as folder:
+            words = ["env", *way.format(sys.executable, command).split()]
+            tell(*words)
+            with TemporaryDirectory() as folder:
                 words += ["--data-dir", args.data_dir, "--out-dir", folder]
-                subprocess.run(["env", *words], cwd=ROOT, stdout=sys.stderr, check=True)
-                *_, last = csv.DictReader(open(f"{folder}/metrics.csv"))
-            *_, rate, seconds = map(float, last.values())
-            cells.append(f"{rate:,.1f}, {seconds:,.1f} s")
-        row(f"`{line}`", *cells)
+                subprocess.run(words, cwd=ROOT, stdout=sys.stderr, check=True)
+                metrics = Path(folder, "metrics.csv").read_text()
+            speed, seconds = map(float, metrics.split(",")[-2:])
+            cells.append(f"{speed:,.1f}, {seconds:,.1f} s")
+        row(*cells)
 
 
 def gpu(args):
-    if not torch.cuda.is_available():
-        sys.exit("benchmark.py: error: PyTorch finds no CUDA GPU here, and this table is of one")
-    ways = {"float32": "python {}", "bf16": "python {} --bf16", "compiled": "python {} --compile"}
-    ways["both"] = "python {} --bf16 --compile"
-    commands(args, [f"{name}.py --cuda" for name in args.what], ways)
+    assert torch.cuda.is_available(), "this table is of a CUDA GPU, and there is none"
+    ways = {
+        "float32": "{} {}",
+        "bf16": "{} {} --bf16",
+        "compiled": "{} {} --compile",
+        "both": "{} {} --bf16 --compile",
+    }
+    commands(args, dict.fromkeys(FLAGS, "--cuda --epochs 3"), ways)
 
 
 FLAGS = {
@@ -219,35 +229,30 @@ def torchrun(args):
     cores = torch.get_num_threads()
     launch = f"-m torch.distributed.run --standalone --nproc-per-node {cores}"
     ways = {
-        "1 process, 1 core": "OMP_NUM_THREADS=1 python {}",
-        f"1 process, {cores} cores": f"OMP_NUM_THREADS={cores} python {{}}",
-        f"{cores} processes, 1 core each": f"OMP_NUM_THREADS=1 python {launch} {{}}",
+        "1 process, 1 core": "OMP_NUM_THREADS=1 {} {}",
+        f"1 process, {cores} cores": f"OMP_NUM_THREADS={cores} {{}} {{}}",
+        f"{cores} processes, 1 core each": f"OMP_NUM_THREADS=1 {{}} {launch} {{}}",
     }
-    commands(args, [f"{name}.py {FLAGS[name]}" for name in args.what], ways)
+    commands(args, FLAGS, ways)
 
 
-def trained(network, name, load, epochs, batch, lr, decay=0, augment=None):
-    """What judges generated images: a network trained on real ones from seed 0, kept in runs/benchmark/."""
-    torch.manual_seed(0)
-    model, path = network(), Path("runs/benchmark", name)
-    if not path.exists():
+def trained(model, name, load, augment, epochs, batch, lr, decay):
+    """Trains a judge of images on real ones, or reads it from runs/benchmark/."""
+    path = f"runs/benchmark/{name}.pt"
+    if not os.path.exists(path):
         images, classes = load()
         steps = len(images) // batch
-        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=decay)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps)
+        optimizer = AdamW(model.parameters(), weight_decay=decay)
+        schedule = OneCycleLR(optimizer, lr, steps * epochs)
         for epoch in range(epochs):
             for index in torch.randperm(len(images)).split(batch)[:steps]:
-                x, y = images[index], classes[index]
-                x, y = augment(x, y) if augment else (x, y)
-                loss = F.cross_entropy(model(x), y)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                x, y = augment(images[index], classes[index])
+                loss = minimize(F.cross_entropy(model(x), y), optimizer)
                 schedule.step()
-            print(f"{name}: epoch {epoch + 1} of {epochs}, loss {loss:.3f}", file=sys.stderr)
-        path.parent.mkdir(parents=True, exist_ok=True)
+            tell(name, epoch, loss)
+        os.makedirs("runs/benchmark", exist_ok=True)
         torch.save(model.state_dict(), path)
-    model.load_state_dict(torch.load(path, weights_only=True))
+    model.load_state_dict(torch.load(path))
     return model.eval()
 
 
@@ -256,144 +261,159 @@ def conv(before, after, bias):
 
 
 def read_folder(folder, mode):
-    """Its images in order: (N, C, H, W) in [-1, 1]."""
+    """Returns its images in order, (N, C, H, W) in [-1, 1]."""
     paths = sorted(Path(folder).glob("*.png"))
-    if not paths:
-        sys.exit(f"benchmark.py: error: no PNG files in {folder}")
-    images = [v2.functional.pil_to_tensor(Image.open(path).convert(mode)) for path in paths]
-    return pix2pix.to_floats(torch.stack(images))
+    assert paths, f"no PNG files in {folder}"
+    images = [pil_to_tensor(Image.open(path).convert(mode)) for path in paths]
+    return torch.stack(images) / 127.5 - 1
 
 
 def classifier():
-    """Digits (B, 1, 28, 28) in [-1, 1] to 128 features, and these to logits (B, 10)."""
-    layers = [*conv(1, 32, True), nn.MaxPool2d(2)]  # (B, 32, 14, 14)
-    layers += [*conv(32, 64, True), nn.MaxPool2d(2)]  # (B, 64, 7, 7)
-    layers += [nn.Flatten(), nn.Linear(64 * 7 * 7, 128), nn.ReLU(), nn.Dropout(0.5)]
-    parts = OrderedDict(features=nn.Sequential(*layers), head=nn.Linear(128, 10))
-    return nn.Sequential(parts)
+    """Maps digits (B, 1, 28, 28) in [-1, 1] to 128 features, and these to logits (B, 10)."""
+    features = nn.Sequential(
+        *conv(1, 32, True),
+        nn.MaxPool2d(2),  # (B, 32, 14, 14)
+        *conv(32, 64, True),
+        nn.MaxPool2d(2),  # (B, 64, 7, 7)
+        nn.Flatten(),
+        nn.Linear(64 * 7 * 7, 128),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+    )
+    return nn.Sequential(features, nn.Linear(128, 10))
 
 
 def mnist(args, train):
-    data = datasets.MNIST(args.data_dir, train)
-    return pix2pix.to_floats(data.data.unsqueeze(1)), data.targets
+    data = MNIST(args.data_dir, train)
+    return data.data.unsqueeze(1) / 127.5 - 1, data.targets
 
 
 @torch.no_grad()
 def look(model, images):
-    """Features (N, 128), double, and class probabilities (N, 10)."""
-    features = torch.cat([*map(model.features, images.split(1000))])
-    return features.double(), model.head(features).softmax(1)
+    """Returns the features (N, 128), in double precision, and class probabilities (N, 10)."""
+    features = torch.cat([model[0](part) for part in images.split(1000)])
+    return features.double(), model[1](features).softmax(1)
 
 
-def frechet_distance(a, b):
-    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features, (N, D) each: Heusel et al. 2017."""
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()  # its trace
-    return (a.mean(0) - b.mean(0)).square().sum() + (cov_a + cov_b).trace() - 2 * root
+def judge(name, p, a, b):
+    """Prints a row, with the Fréchet distance of features (N, D) each: Heusel et al. 2017,
+    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))."""
+    root = torch.linalg.eigvals(torch.cov(a.T) @ torch.cov(b.T)).real.clamp(min=0).sqrt()
+    distance = ((a.mean(0) - b.mean(0)).square() + a.var(0) + b.var(0) - 2 * root).sum()
+    shares = p.argmax(1).bincount(minlength=10) / len(p) * 100
+    digits = " ".join(f"{share:.1f}" for share in shares)
+    confident = (p.amax(1) > 0.9).double().mean()
+    row(name, f"{distance:.1f}", digits, f"{confident:.1%}")
 
 
 def quality(args):
-    settings = dict(epochs=3, batch=128, lr=3e-3)
-    model = trained(classifier, "classifier.pt", partial(mnist, args, True), **settings)
-    images, labels = mnist(args, False)
+    model = trained(
+        classifier(),
+        "digits",
+        partial(mnist, args, True),
+        lambda *images_and_classes: images_and_classes,
+        epochs=3,
+        batch=128,
+        lr=3e-3,
+        decay=0,
+    )
+    images, classes = mnist(args, False)
     real, p = look(model, images)
-    print(f"classifier: {(p.argmax(1) == labels).float().mean():.2%} right", file=sys.stderr)
+    tell("classifier:", (p.argmax(1) == classes).double().mean().item())
+    table("images", "Fréchet distance", "digits 0 to 9, %", "confident (p > 0.9)")
     torch.manual_seed(0)
-    halves = real[torch.randperm(len(real))].chunk(2)
-    rows = [("test set (one half to the other)", p, *halves)]
+    shuffled = real[torch.randperm(len(real))]
+    judge("test set (one half to the other)", p, *shuffled.chunk(2))
     for folder in args.what:
         features, p = look(model, read_folder(folder, "L"))
-        rows.append((f"{folder} ({len(features):,})", p, features, real))
-    table("images", "Fréchet distance", "digits 0 to 9, %", "confident (p > 0.9)")
-    for name, p, *sides in rows:
-        shares = p.argmax(1).bincount(minlength=10) / len(p) * 100
-        digits = " ".join(f"{share:.1f}" for share in shares)
-        confident = (p.amax(1) > 0.9).double().mean()
-        row(name, f"{frechet_distance(*sides):.1f}", digits, f"{confident:.1%}")
+        judge(f"{folder} ({len(p):,})", p, features, real)
 
 
-class Segmenter(nn.Module):
-    """Photos (B, 3, H, W) in [-1, 1] to logits (B, 12, H, W) of CMP's classes: a U-Net of three levels."""
+def block(before, after):
+    return nn.Sequential(*conv(before, after, False), *conv(after, after, False))
 
-    def __init__(self):
-        def block(before, after):
-            return nn.Sequential(*conv(before, after, False), *conv(after, after, False))
 
+class UNet(nn.Module):
+    """Maps (B, before, H, W) to (B, after, H, W), by smaller U-Nets inside down to 128 channels."""
+
+    def __init__(self, before, channels, after):
         super().__init__()
-        self.down = nn.ModuleList([block(3, 32), block(32, 64), block(64, 128), block(128, 128)])
-        self.up = nn.ModuleList([block(256, 64), block(128, 32), block(64, 32)])
-        self.head = nn.Sequential(nn.Dropout2d(0.2), nn.Conv2d(32, 12, 1))
+        self.down = block(before, channels)
+        wider = 2 * channels
+        self.inside = UNet(channels, wider, channels) if wider <= 128 else block(128, 128)
+        self.up = block(wider, after)
 
     def forward(self, x):
-        skips = [self.down[0](x)]
-        for level in self.down[1:]:
-            skips.append(level(F.max_pool2d(skips[-1], 2)))
-        x = skips.pop()
-        for level in self.up:
-            x = level(torch.cat([F.interpolate(x, scale_factor=2), skips.pop()], 1))
-        return self.head(x)
+        skip = self.down(x)
+        x = self.inside(F.max_pool2d(skip, 2))
+        return self.up(torch.cat([F.interpolate(x, scale_factor=2), skip], 1))
 
 
-def real_facades(args, split, size):
-    """Photos (N, 3, size, size) in [-1, 1] and classes (N, size, size), the nearest of CMP's colours."""
-    cmp = "0000de 0030ff 0080ff 00cfff 20ffe0 70ff8e c0ff3f fff000 ff9f00 ff5000 ff0000 ae0000"
-    palette = torch.tensor([*bytes.fromhex(cmp)]).view(12, 3).float()
-    photos, classes = [], []
-    for path in sorted(Path(args.data_dir, "facades", split).glob("*.jpg")):
-        photos.append(pix2pix.read_pair([path], size)[0])
-        colors = pix2pix.read_pair([path], 256)[1].flatten(1).T.float()
-        nearest = torch.cdist(colors, palette).argmin(1).view(1, 1, 256, 256).float()
-        classes.append(F.interpolate(nearest, (size, size), mode="nearest-exact").long())
-    return pix2pix.to_floats(torch.stack(photos)), torch.cat(classes).squeeze(1)
+def segmenter():
+    """Maps photos (B, 3, H, W) in [-1, 1] to logits (B, 12, H, W) of CMP's classes."""
+    return nn.Sequential(UNet(3, 32, 32), nn.Dropout2d(0.2), nn.Conv2d(32, 12, 1))
 
 
-def jitter(photos, classes):
-    """Crops eight ninths, the same of all, and mirrors all or none."""
-    size = photos.shape[-1] * 8 // 9
-    top, left = torch.randint(size // 8 + 1, (2,)).tolist()
-    parts = [part[..., top : top + size, left : left + size] for part in (photos, classes)]
-    return [part.flip(-1) for part in parts] if torch.rand(()) < 0.5 else parts
+# The colours of CMP's classes.
+CMP = "0000de 0030ff 0080ff 00cfff 20ffe0 70ff8e c0ff3f fff000 ff9f00 ff5000 ff0000 ae0000"
+
+
+def real_facades(args, train, size):
+    """Returns photos (N, 3, size, size) in [-1, 1] and the classes of their pixels (N, size, size),
+    those of the nearest colours."""
+    args.dataset = "facades"
+    args.jitter = False
+    args.image_size = 256
+    labels = pix2pix.load_pairs(args, train)[0][:, 1]
+    labels = F.interpolate(labels, (size, size), mode="nearest-exact")
+    palette = torch.tensor([*bytes.fromhex(CMP)]).view(12, 3).float()
+    classes = [torch.cdist(x.permute(1, 2, 0).float(), palette).argmin(2) for x in labels]
+    args.image_size = size
+    return pix2pix.load_pairs(args, train)[0][:, 0] / 127.5 - 1, torch.stack(classes)
 
 
 @torch.no_grad()
 def fcn_score(model, photos, classes):
-    """The share of pixels whose class is read rightly, and the mean over classes of intersection over union."""
+    """Returns the share of pixels whose class is recognized, and the mean over the classes of the
+    intersection over union."""
     found = torch.cat([model(part).argmax(1) for part in photos.split(20)])
-    confusion = (classes * 12 + found).flatten().bincount(minlength=144).view(12, 12)
-    right = confusion.diag().double()
-    union = confusion.sum(0) + confusion.sum(1) - right
-    return right.sum() / confusion.sum(), (right / union).mean()
+    right = classes[classes == found].bincount(minlength=12)
+    union = torch.cat([classes, found]).flatten().bincount(minlength=12) - right
+    return right.sum() / found.numel(), (right / union).mean()
 
 
 def facades(args):
     folders = {folder: read_folder(folder, "RGB") for folder in args.what}
     size = folders[args.what[0]].shape[-1]
-    settings = dict(epochs=40, batch=16, lr=4e-3, decay=0.05, augment=jitter)
-    load = partial(real_facades, args, "train", size * 9 // 8)
-    model = trained(Segmenter, f"segmenter_{size}.pt", load, **settings)
-    photos, classes = real_facades(args, "val", size)
+    model = trained(
+        segmenter(),
+        f"facades_{size}",
+        partial(real_facades, args, True, size * 9 // 8),
+        lambda photos, classes: jitter(size)(photos, Mask(classes)),
+        epochs=40,
+        batch=16,
+        lr=4e-3,
+        decay=0.05,
+    )
+    photos, classes = real_facades(args, False, size)
     table("photos", "pixel accuracy", "mean IoU")
     for name, images in {"real": photos, **folders}.items():
         row(name, *(f"{score:.3f}" for score in fcn_score(model, images, classes)))
 
 
 def main():
-    tables = {table.__name__: table for table in (speed, gpu, torchrun, quality, facades)}
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("table", choices=tables)
-    parser.add_argument("what", nargs="*", help="folders of images, or scripts; left out: all four")
-    parser.add_argument("--data-dir", type=os.path.abspath, default="data")
-    parser.add_argument("--rounds", type=int, default=3, help="of speed; the median counts (3)")
-    parser.add_argument("--bf16", action="store_true", help="speed: our loop in bfloat16")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("table", choices=("speed", "gpu", "torchrun", "quality", "facades"))
+    add("what", nargs="*", default=[*FLAGS], help="folders of images, or scripts (all four)")
+    add("--data-dir", type=os.path.abspath, default="data")
+    add("--bf16", action="store_true", help="speed: the script's loop in bfloat16")
     args = parser.parse_intermixed_args()
-    if args.table in ("quality", "facades"):
-        if not args.what:
-            parser.error("name the folders of images")
-    elif {*args.what} - FLAGS.keys():
-        parser.error(f"scripts are {', '.join(FLAGS)}")
-    args.what = args.what or list(FLAGS)
-    tables[args.table](args)
+    torch.manual_seed(0)
+    globals()[args.table](args)
 
 
 if __name__ == "__main__":

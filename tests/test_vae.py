@@ -2,8 +2,6 @@
 
 import math
 import os
-import re
-import shutil
 from functools import partial
 
 import numpy as np
@@ -33,19 +31,19 @@ def trained(out_dir):
     """The network that a run left."""
     checkpoint = load(out_dir)
     args = checkpoint["args"]
-    model = vae.VAE(args["width"], args["latent_dim"], args["autoencoder"])
+    model = vae.VAE(args["latent_dim"], args["width"], args["autoencoder"])
     model.load_state_dict(checkpoint["model"])
     return model.eval().requires_grad_(False)
 
 
 def untrained(latent_dim=3):
     torch.manual_seed(0)
-    return vae.VAE(16, latent_dim).requires_grad_(False)
+    return vae.VAE(latent_dim, 16, False).requires_grad_(False)
 
 
 def held_out():
-    """The test images of `data_dir`, floats (64, 784) in [0, 1]."""
-    return digits(64, 1).flatten(1) / 255
+    """The test images of `data_dir`, floats (64, 1, 28, 28) in [0, 1]."""
+    return digits(64, 1).unsqueeze(1) / 255
 
 
 def seeded_noise(seed, *shape):
@@ -62,8 +60,8 @@ def pictures(path):
 
 def assert_shows(seen, model, z):
     """Whether gray values (..., 28, 28) are what the decoder makes of z."""
-    expected = 255 * torch.sigmoid(model.decoder(z))
-    np.testing.assert_allclose(seen.reshape(-1, 784), expected, atol=0.6)
+    expected = 255 * torch.sigmoid(model.decoder(z)).view(-1, 28, 28)
+    np.testing.assert_allclose(seen.reshape(-1, 28, 28), expected, atol=0.6)
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +82,10 @@ def twin(data_dir, tmp_path_factory):
 
 def test_losses_are_sums_over_pixels_and_dimensions():
     torch.manual_seed(0)
-    x, p = torch.rand(2, 4, 784).double()
+    x, p = torch.rand(2, 4, 1, 28, 28).double()
     log_likelihood = x * torch.log(p) + (1 - x) * torch.log(1 - p)
     loss = vae.reconstruction_loss(torch.logit(p), x)
-    torch.testing.assert_close(loss, -log_likelihood.sum(1))
+    torch.testing.assert_close(loss, -log_likelihood.sum((1, 2, 3)))
 
     mean, logvar = torch.randn(2, 3, 5).double()
     q, p = Normal(mean, torch.exp(logvar / 2)), Normal(0, 1)
@@ -96,42 +94,33 @@ def test_losses_are_sums_over_pixels_and_dimensions():
     torch.testing.assert_close(vae.kl_divergence(mean, logvar), estimate, atol=0.03, rtol=0)
 
 
-def test_gradients_pass_through_the_sampling(monkeypatch):
-    """Against finite differences at a fixed epsilon, for the small weights of both networks."""
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)  # or no double precision
-    torch.manual_seed(0)
-    model = vae.VAE(3, 2).double()
-    x = torch.rand(2, 784).double()
-    epsilon = torch.randn(2, 2).double()
-    small = {name: p for name, p in model.named_parameters() if p.numel() < 50}
-    assert {name.split(".")[0] for name in small} == {"encoder", "decoder"}
-
-    def loss(*weights):
-        given = dict(zip(small, weights))
-        logits, mean, logvar = torch.func.functional_call(model, given, (x, epsilon))
-        return vae.reconstruction_loss(logits, x) + vae.kl_divergence(mean, logvar)
-
-    assert torch.autograd.gradcheck(loss, tuple(small.values()))
+def test_gradients_pass_through_the_sampling():
+    """Of the mean and the standard deviation: dz/dmean = 1, and dz/dlogvar = (z - mean) / 2."""
+    mean, logvar, epsilon = torch.randn(3, 4, 5).double()
+    z = vae.reparameterize(mean.requires_grad_(), logvar.requires_grad_(), epsilon)
+    torch.testing.assert_close(z, mean + (logvar / 2).exp() * epsilon)
+    z.sum().backward()
+    torch.testing.assert_close(mean.grad, torch.ones(4, 5).double())
+    torch.testing.assert_close(logvar.grad, (z - mean) / 2)
 
 
 def log_likelihood(model, x, z):
     """log p(x|z) by PyTorch's own distribution, which would refuse gray values."""
     pixels = Bernoulli(logits=model.decoder(z), validate_args=False)
-    return pixels.log_prob(x).sum(-1)
+    return pixels.log_prob(x).sum((-3, -2, -1))
 
 
 def test_test_loss_is_of_z_sampled_by_the_seed():
-    x, model = held_out(), untrained()
+    """In chunks of a thousand images, of which the last is smaller."""
+    x, model = held_out().repeat(20, 1, 1, 1), untrained()
     metrics = vae.evaluate(model, x, vae.parse_args(["--latent-dim", "3", "--seed", "4"])[0])
-    reconstruction, kl = metrics["test_reconstruction"], metrics["test_kl"]
-    assert metrics["test_loss"] == reconstruction + kl
-
     mean, logvar = model.encode(x)
-    expected = vae.kl_divergence(mean, logvar).mean()
-    assert kl == pytest.approx(expected.item(), rel=1e-5)
-    z = mean + torch.exp(logvar / 2) * seeded_noise(4, 64, 3)
-    expected = -log_likelihood(model, x, z).mean()
-    assert reconstruction == pytest.approx(expected.item(), rel=1e-5)
+    kl = vae.kl_divergence(mean, logvar).mean().item()
+    torch.manual_seed(4)
+    z = mean + torch.exp(logvar / 2) * torch.cat([torch.randn(n, 3) for n in (1000, 280)])
+    reconstruction = -log_likelihood(model, x, z).mean().item()
+    expected = [reconstruction + kl, reconstruction, kl]
+    assert [*metrics.values()] == pytest.approx(expected, rel=1e-5)
 
 
 # the training loop
@@ -146,18 +135,18 @@ def test_training_is_computed_again_from_the_seed_alone(flags, data_dir, tmp_pat
 
     torch.manual_seed(5)
     torch.randn(64, 3)  # the noise of samples/
-    model = vae.VAE(16, 3, "--autoencoder" in flags)
+    model = vae.VAE(3, 16, "--autoencoder" in flags)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    images = digits(256, 0).flatten(1) / 255
+    images = digits(256, 0).unsqueeze(1) / 255
 
     for epoch in (1, 2):
         torch.manual_seed(hash((5, epoch, 0)))
         order, losses = torch.randperm(256), []
         for first in (0, 100):
             x = images[order[first : first + 100]]
-            logits, mean, logvar = model(x, torch.randn(100, 3))
+            logits, kl = model(x, torch.randn(100, 3))
             reconstruction = vae.reconstruction_loss(logits, x).sum() / 100
-            kl = vae.kl_divergence(mean, logvar).sum() / 100
+            kl = kl.sum() / 100
             optimizer.zero_grad()
             (reconstruction + 8 * kl).backward()
             optimizer.step()
@@ -179,50 +168,40 @@ def rates():
     hook.remove()
 
 
-def test_rate_makes_one_cycle_that_resuming_stretches(rates, data_dir, tmp_path):
-    train(data_dir, tmp_path / "whole", "--epochs", 10)
-    whole = rates.copy()
-    rise, fall = whole[:12], whole[11:]
-    assert len(whole) == 40 and whole[0] == pytest.approx(0.04 * 5e-3)
-    assert rise == sorted(rise) and rise[-1] == pytest.approx(5e-3)
-    assert fall == sorted(fall, reverse=True)
-    assert 0 <= fall[-1] < 1e-5
+def test_rate_is_pytorchs_cycle_that_resuming_stretches(rates, data_dir, tmp_path):
+    """Whose peak is five times --lr; or constant, and new in a resumed run."""
+    out = train(data_dir, tmp_path / "run", "--epochs", 4, "--lr", 4e-3)
+    assert run("--resume", out, "--epochs", 10) == 0
+    found = rates.copy()
 
-    rates.clear()
-    out = train(data_dir, tmp_path / "part", "--epochs", 4)
-    assert rates[-1] < 1e-5 < whole[15]
-    rates.clear()
-    assert run("--resume", out / "checkpoint.pt", "--epochs", 10) == 0
-    assert rates == pytest.approx(whole[16:])
-
-
-def test_rate_is_what_lr_says_at_its_peak_or_all_the_time(rates, data_dir, tmp_path):
-    train(data_dir, tmp_path / "cycle", "--epochs", 5, "--lr", 0.02)
-    assert max(rates) == pytest.approx(0.02)
+    optimizer = torch.optim.Adam([torch.zeros(1)])
+    for steps, part in ((16, found[:16]), (40, found[16:])):
+        cycle = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, 0.02, total_steps=steps, cycle_momentum=False
+        )
+        expected = []
+        for _ in range(steps):
+            expected += cycle.get_last_lr()
+            optimizer.step()
+            cycle.step() if len(expected) < steps else None
+        assert part == pytest.approx(expected[-len(part) :], rel=0, abs=1e-12)
 
     rates.clear()
     out = train(data_dir, tmp_path / "constant", "--epochs", 1, "--constant-lr")
-    assert run("--resume", out / "checkpoint.pt", "--epochs", 2) == 0
-    assert rates == [1e-3] * 8
+    assert run("--resume", out, "--epochs", 2, "--lr", 0.01) == 0
+    assert rates == [1e-3] * 4 + [0.01] * 4
 
 
-def test_the_loss_the_test_loss_and_the_bound_have_one_likelihood(
-    data_dir, finished, tmp_path, monkeypatch, capsys
-):
+def test_the_loss_the_test_loss_and_the_bound_have_one_likelihood(data_dir, tmp_path, monkeypatch):
     """With every image a thousand nats less likely, these are off by a thousand, the KL by 0."""
-    likelihood = vae.reconstruction_loss
-    bounds = []
+    likelihood, found = vae.reconstruction_loss, []
     for penalty in (0, 1000):
         monkeypatch.setattr(vae, "reconstruction_loss", lambda *a: likelihood(*a) + penalty)
-        assert run("--eval", finished / "checkpoint.pt") == 0
-        bounds.append(float(capsys.readouterr().out.split()[4]))
-    assert bounds[0] - bounds[1] == pytest.approx(1000, abs=0.02)
-
-    changed = train(data_dir, tmp_path / "run", "--epochs", 3)
-    for row, expected in zip(load(changed)["metrics"], load(finished)["metrics"]):
-        for name in ("train_loss", "test_loss", "test_reconstruction"):
-            assert row[name] - expected[name] == pytest.approx(1000, abs=0.1)
-        assert row["test_kl"] == pytest.approx(expected["test_kl"], rel=1e-3)
+        row = load(train(data_dir, tmp_path / str(penalty), "--epochs", 1))["metrics"][0]
+        losses = [row[name] for name in ("train_loss", "test_loss", "test_reconstruction")]
+        bound = bounds(untrained(), held_out(), 2).mean()
+        found.append([*losses, -bound.item(), row["test_kl"]])
+    assert np.subtract(found[1], found[0]) == pytest.approx([1000] * 4 + [0], abs=0.1)
 
 
 # the bound on log p(x)
@@ -235,7 +214,7 @@ def bounds(model, x, count):
 
 def test_bound_of_one_sample_is_the_elbo():
     """Draw by draw it is log p(x|z) + log p(z) - log q(z|x), and in the mean minus the loss."""
-    model, x = untrained(), held_out()[:1].expand(4000, 784)
+    model, x = untrained(), held_out()[:1].expand(4000, 1, 28, 28)
     mean, logvar = model.encode(x)
     q, p = Normal(mean, torch.exp(logvar / 2)), Normal(0, 1)
     z = mean + q.scale * seeded_noise(1, 4000, 3)
@@ -244,8 +223,8 @@ def test_bound_of_one_sample_is_the_elbo():
     bound = bounds(model, x, 1)
     torch.testing.assert_close(bound, log_px_z + log_pz_qz.sum(1))
 
-    logits = model(x, torch.randn(4000, 3))[0]
-    loss = vae.reconstruction_loss(logits, x) + vae.kl_divergence(mean, logvar)
+    logits, kl = model(x, torch.randn(4000, 3))
+    loss = vae.reconstruction_loss(logits, x) + kl
     assert abs(bound.mean() + loss.mean()) < 0.4 < bound.std()
 
 
@@ -253,12 +232,12 @@ def test_bound_rises_with_the_samples_towards_the_integral():
     """With one latent dimension log p(x) is an integral, which a fine sum over z gives."""
     model, x = untrained(latent_dim=1), held_out()[:4]
     z = torch.linspace(-8, 8, 4001)[:, None, None]  # in steps of 0.004
-    log_px_z = log_likelihood(model, x, z)
+    log_px_z = torch.stack([log_likelihood(model, image, z[:, 0]) for image in x], 1)
     log_pz = Normal(0, 1).log_prob(z)[:, 0]
     integral = torch.logsumexp(log_px_z + log_pz, 0) + math.log(0.004)
     assert (integral < -200).all()  # of which exp() is 0 in float32
 
-    many = x.repeat(200, 1)
+    many = x.repeat(200, 1, 1, 1)
     means = [bounds(model, many, count).mean() for count in (1, 10, 50)]
     assert means == sorted(means) and means[0] < means[1] - 0.1
     assert means[-1] < integral.mean() + 0.02
@@ -267,16 +246,13 @@ def test_bound_rises_with_the_samples_towards_the_integral():
 
 def test_eval_prints_the_bound_and_writes_nothing(finished, capsys):
     before = result(finished)
-    words = ["--eval", finished / "checkpoint.pt", "--importance-samples", 200]
-    assert run(*words) == run(*words) == 0
-    line, again = capsys.readouterr().out.splitlines()
+    assert run("--eval", finished, "--importance-samples", 200) == 0
+    line = capsys.readouterr().out
     model, parts = trained(finished), held_out().split(25)  # 5000 z at a time
     torch.manual_seed(0)
     bound = torch.cat([vae.log_likelihood_bound(model, x, 200) for x in parts])
-    error = bound.std() / 8
-    numbers = [f"{bound.mean():.2f}", "64", f"{error:.2f}", "200"]
-    assert sorted(re.findall(r"[-\d.]*\d", line)) == sorted(numbers)
-    assert line == again and line.startswith("mnist: log p(x) >= ")
+    mean = f"mnist: log p(x) >= {bound.mean():.2f} nats, mean of 64 held-out images "
+    assert line == f"{mean}(standard error {bound.std() / 8:.2f}), 200 importance samples\n"
     assert same(result(finished), before)
 
 
@@ -285,19 +261,12 @@ def test_eval_prints_the_bound_and_writes_nothing(finished, capsys):
 
 def test_autoencoder_decodes_the_mean_and_has_no_kl(twin):
     model, x = trained(twin), held_out()
-    logits = model(x, torch.randn(64, 3))[0]
-    assert torch.equal(logits, model.decoder(model.encode(x)[0]))
+    logits, kl = model(x, torch.randn(64, 3))
+    assert torch.equal(logits, model.decoder(model.encode(x)[0])) and not kl.any()
     expected = vae.reconstruction_loss(logits, x).mean().item()
     row = load(twin)["metrics"][-1]
     assert row["test_loss"] == row["test_reconstruction"] == pytest.approx(expected, rel=1e-5)
     assert row["test_kl"] == 0
-
-    # The half of the encoder that gives logvar stays where it started.
-    torch.manual_seed(0)
-    torch.randn(64, 3)
-    moved = model.encoder[2].weight != vae.VAE(16, 3).encoder[2].weight
-    assert moved[:3].any(1).all()
-    assert not moved[3:].any()
 
 
 def test_autoencoder_has_no_samples_and_no_manifold(data_dir, tmp_path):
@@ -311,9 +280,9 @@ def test_autoencoder_has_no_samples_and_no_manifold(data_dir, tmp_path):
 
 
 class Normed(vae.VAE):
-    def __init__(self, width, *args):
-        super().__init__(width, *args)
-        self.encoder.insert(1, nn.BatchNorm1d(width))
+    def __init__(self, latent_dim, width, autoencoder):
+        super().__init__(latent_dim, width, autoencoder)
+        self.encoder.insert(2, nn.BatchNorm1d(width))
         self.decoder.insert(1, nn.BatchNorm1d(width))
 
 
@@ -334,17 +303,8 @@ def test_held_out_images_above_their_reconstructions(count, normed, tmp_path, mo
     above, below = pictures(folder / "epoch_0002.png")
     assert np.array_equal(above, 255 * x.view(-1, 28, 28))
     assert_shows(below, model, model.encode(x)[0])
-    for network in (model.encoder, model.decoder):
-        assert network[1].num_batches_tracked == 8  # those of training, and no other
-
-
-def test_samples_are_of_the_same_noise_every_epoch(normed, data_dir, tmp_path):
-    out = train(data_dir, tmp_path / "run", "--epochs", 1, "--seed", 5)
-    noise = seeded_noise(5, 64, 3)
-    assert_shows(pictures(out / "samples" / "epoch_0001.png"), trained(out), noise)
-
-    assert run("--resume", out / "checkpoint.pt", "--epochs", 3) == 0
-    assert_shows(pictures(out / "samples" / "epoch_0003.png"), trained(out), noise)
+    for norm in (model.encoder[2], model.decoder[1]):
+        assert norm.num_batches_tracked == 8  # those of training, and no other
 
 
 def test_manifold_has_z_1_to_the_right_and_z_2_upwards(normed, data_dir, tmp_path):
@@ -355,22 +315,6 @@ def test_manifold_has_z_1_to_the_right_and_z_2_upwards(normed, data_dir, tmp_pat
         shares = torch.tensor([[column + 0.5, 19.5 - row]]) / 20
         z = Normal(0, 1).icdf(shares)
         assert_shows(seen[row, column], trained(out), z)
-
-
-def test_samples_are_files_of_28_pixels(normed, data_dir, tmp_path):
-    out = train(data_dir, tmp_path / "run", "--epochs", 3)
-    words = ["--sample", out / "checkpoint.pt", "--num-samples", 70, "--seed", 9]
-    assert run(*words) == 0 and not (out / "manifold.png").exists()
-    names = sorted(os.listdir(out / "generated"))
-    assert names == [f"{n:05d}.png" for n in range(70)]
-    images = [Image.open(out / "generated" / name) for name in names]
-    assert {(image.size, image.mode) for image in images} == {((28, 28), "L")}
-
-    z = seeded_noise(9, 70, 3)
-    assert_shows(np.stack(images), trained(out), z)
-    grid = pictures(out / "generated.png")
-    assert grid.shape[:2] == (8, 8)
-    assert_shows(grid, trained(out), z[:64])
 
 
 @pytest.mark.parametrize("flags", [[], ["--autoencoder"]])
@@ -396,22 +340,14 @@ def test_walks_go_straight_from_encoding_to_encoding(flags, normed, data_dir, tm
 def test_autoencoder_has_no_prior(flag, twin, capsys):
     before = result(twin)
     assert run(flag, twin / "checkpoint.pt") == 2
-    assert "an autoencoder has " in capsys.readouterr().err
+    assert "an autoencoder has no" in capsys.readouterr().err
     assert same(result(twin), before)
 
 
 def test_walks_need_two_images_each(finished, tmp_path, capsys):
-    words = ["--sample", finished / "checkpoint.pt", "--out-dir", tmp_path / "new"]
+    words = ["--sample", finished, "--out-dir", tmp_path / "new"]
     assert run(*words, "--interpolate", 33) == 1
-    err = capsys.readouterr().err
-    assert "64 held-out images are too few" in err and len(err.splitlines()) == 1
+    line = "error: --interpolate must be at most 32, half the held-out set\n"
+    assert capsys.readouterr().err == line
     assert not (tmp_path / "new").exists()
     assert run(*words, "--interpolate", 32) == 0
-
-
-@pytest.mark.parametrize("words", ["--lr 0.1", "--constant-lr", "--latent-dim 2", "--autoencoder"])
-def test_what_a_checkpoint_fixes(words, finished, tmp_path, capsys):
-    out = shutil.copytree(finished, tmp_path / "run")
-    assert run("--resume", out / "checkpoint.pt", "--epochs", 4, *words.split()) == 2
-    assert f"{words.split()[0]} is fixed" in capsys.readouterr().err
-    assert same(result(out), result(finished))
