@@ -5,9 +5,12 @@ import itertools
 import multiprocessing
 import os
 import signal
+import socket
 import struct
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # The networks are tiny: threads cost more than they save.
@@ -203,3 +206,40 @@ def show(images):
         torch.cat([F.pad(image, (2, 0, 2, 0)) for image in row[:, 0]], 1) for row in images.split(8)
     ]
     return F.pad(torch.cat(rows), (0, 2, 0, 2)).round().detach().numpy()
+
+
+# two machines
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def run_two_machines(folders):
+    """torchrun on two machines, an agent each in a folder of its own: a run, then one that is
+    resumed without the checkpoint on the second. Returns their statuses, and the seconds."""
+    launch = [sys.executable, *"-m torch.distributed.run --nnodes 2 --nproc-per-node 1".split()]
+    words = [*"--dataset mnist --data-dir data --width 2 --batch-size 16".split()]
+    found = []
+    for argv in (["--epochs", "1", *words], ["--resume", "runs/gan", "--epochs", "2"]):
+        began = time.monotonic()
+        address = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+        running = []
+        for rank, folder in enumerate(folders):
+            command = [*launch, *address, "--node-rank", str(rank), str(ROOT / "gan.py"), *argv]
+            output = open(folder / "output", "w")
+            running.append(subprocess.Popen(command, cwd=folder, stdout=output, stderr=output))
+        found.append([process.wait(200) for process in running])
+    return *found, time.monotonic() - began
+
+
+@pytest.fixture(scope="session")
+def two_machines(tmp_path_factory):
+    """Most of their time is waiting: it passes while other tests run."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
+    for folder in folders:
+        write_mnist(folder / "data", 128)
+    with ThreadPoolExecutor() as pool:
+        yield folders, pool.submit(run_two_machines, folders)

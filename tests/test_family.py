@@ -5,7 +5,7 @@ import shutil
 import sys
 
 import pytest
-from conftest import ROOT, SCRIPTS, SMALL, Command
+from conftest import ROOT, SCRIPTS, Command
 
 # What is another thing in each: the model, its data, its pictures and its flags.
 OWN = {"Generator", "Discriminator", "discriminator_loss", "generator_loss", "initialize", "train"}
@@ -35,12 +35,11 @@ def test_what_bears_one_name_is_one_text():
     assert {defined for defined in texts if len(texts[defined]) > 1} <= OWN
 
 
-def test_a_script_and_common_are_a_project(name, tmp_path):
+def test_a_script_and_common_are_a_project(name, flags, tmp_path):
     """Copied into an empty folder, it trains there."""
     for file in (f"{name}.py", "common.py"):
         shutil.copy(ROOT / file, tmp_path)
-    words = ["--dataset", "synthetic", "--epochs", 1, "--batch-size", 400, *SMALL[name]]
-    assert Command(name, *words, cwd=tmp_path, folder=tmp_path).wait() == (0, "")
+    assert Command(name, "--epochs", 1, *flags[name], cwd=tmp_path, folder=tmp_path).wait() == (0, "")
     assert (tmp_path / "runs" / name / "checkpoint.pt").exists()
 
 

@@ -3,25 +3,18 @@
 import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch._inductor.config
-from conftest import ROOT, STEADY, Command, load, main, result, run, same, write_mnist
+from conftest import STEADY, Command, free_port, load, main, result, run, same
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
+# They are begun here, and test_runs.py looks at what they did.
+pytestmark = pytest.mark.usefixtures("two_machines")
 
 
 def begin_two(name, folder, *argv, body=main):
@@ -116,6 +109,7 @@ def test_resumed_by_two_is_uninterrupted_to_the_bit(name, flags, pair, tmp_path)
     assert same(result(tmp_path / "0" / "run"), result(pair[0]))
 
 
+@pytest.mark.parametrize("name", ["gan", "pix2pix"], indirect=True, scope="module")
 def test_different_checkpoints_are_not_averaged(name, flags, tmp_path):
     """The second machine has an older one."""
     (tmp_path / "0").mkdir()
@@ -162,39 +156,6 @@ def test_a_process_that_is_killed_ends_the_other(name, flags, tmp_path):
     assert status == 1 and "Traceback" in err and load(out)["metrics"]
 
 
-def agents(name, folders, *argv, port):
-    """torchrun on two machines: one agent each, in a folder of its own, with the data there."""
-    launch = [sys.executable, *"-m torch.distributed.run --nnodes 2 --nproc-per-node 1".split()]
-    launch += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    running = []
-    for rank, folder in enumerate(folders):
-        words = [*launch, "--node-rank", str(rank), str(ROOT / f"{name}.py"), *map(str, argv)]
-        output = open(folder / "output", "w")
-        running.append(subprocess.Popen(words, cwd=folder, stdout=output, stderr=output))
-    return running
-
-
-def run_two_machines(folders):
-    """A run, then one that is resumed without the checkpoint on the second: statuses and seconds."""
-    words = ["--dataset", "mnist", "--data-dir", "data", "--width", 2, "--batch-size", 16]
-    found = []
-    for argv in (["--epochs", 1, *words], ["--resume", "runs/gan", "--epochs", 2]):
-        began = time.monotonic()
-        running = agents("gan", folders, *argv, port=free_port())
-        found.append([process.wait(200) for process in running])
-    return *found, time.monotonic() - began
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_machines(tmp_path_factory):
-    """Most of their time is waiting: it passes while the other tests run."""
-    folders = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
-    for folder in folders:
-        write_mnist(folder / "data", 128)
-    with ThreadPoolExecutor() as pool:
-        yield folders, pool.submit(run_two_machines, folders)
-
-
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
 def test_compiled_and_eager_steps_agree(name, script, flags, tmp_path, monkeypatch):
     """All are traced, and one made into C++, which takes half a minute."""
@@ -206,15 +167,3 @@ def test_compiled_and_eager_steps_agree(name, script, flags, tmp_path, monkeypat
             assert run(script, "--epochs", 1, "--out-dir", tmp_path / flag, *flags[name], flag) == 0
         rows.append(list(load(tmp_path / flag)["metrics"][0].values())[:-2])  # without the speed
     assert rows[0] == pytest.approx(rows[1], rel=1e-3)
-
-
-def test_two_machines_without_a_shared_disk(two_machines):
-    """Both have the data, the first alone writes. Without the checkpoint to resume, the second says
-    so, upon which the first ends, too."""
-    (first, second), running = two_machines
-    trained, resumed, seconds = running.result()
-    assert trained == [0, 0]
-    assert (first / "runs" / "gan" / "checkpoint.pt").exists() and not (second / "runs").exists()
-    assert 0 not in resumed and seconds < 90  # a minute, and the start of two agents
-    assert "No such file or directory: 'runs/gan'\n" in (second / "output").read_text()
-    assert "error: another process has ended" in (first / "output").read_text()
