@@ -178,7 +178,8 @@ def train(args, checkpoint):
     if RANK == 0:
         args.out_dir = args.out_dir or new_folder(f"runs/{NAME}")
         samples = args.out_dir / "samples"
-        samples.mkdir(parents=True, exist_ok=True)
+        # A second run that was started together with this one ends here.
+        samples.mkdir(parents=True, exist_ok=bool(checkpoint))
         save_grid(images[:: max(1, len(images) // 64)][:64] / 127.5 - 1, samples / "real.png")
         print(f"{len(images) * WORLD_SIZE:,} images of {args.dataset}, {steps:,} steps per epoch")
         print(f"on {device.type}, writing to {args.out_dir}", flush=True)
@@ -353,11 +354,13 @@ def read_image(path, args):
     size = (args.image_size, args.image_size)
     try:
         image = Image.open(path)
+        if image.mode in ("F", "LAB") or (image.mode == "I" and image.format not in ("PPM", "PNG")):
+            raise ValueError(f"its values ({image.mode}) have no agreed black and white")
         image.draft(None, size)  # a large JPEG is decoded at a fraction of its size
         image = ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow raises many kinds
         return None, error
-    if image.mode.startswith("I"):  # 16 bits, which convert() would clip
+    if image.mode.startswith("I"):  # unsigned 16 bits, which convert() would clip
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")

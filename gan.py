@@ -134,7 +134,8 @@ def train(args, checkpoint):
     if RANK == 0:
         args.out_dir = args.out_dir or new_folder(f"runs/{NAME}")
         samples = args.out_dir / "samples"
-        samples.mkdir(parents=True, exist_ok=True)
+        # A second run that was started together with this one ends here.
+        samples.mkdir(parents=True, exist_ok=bool(checkpoint))
         save_grid(images[:64], samples / "real.png")
         print(f"{len(images) * WORLD_SIZE:,} images of {args.dataset}, {steps:,} steps per epoch")
         print(f"on {device.type}, writing to {args.out_dir}", flush=True)

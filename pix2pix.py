@@ -200,7 +200,8 @@ def train(args, checkpoint):
     if RANK == 0:
         args.out_dir = args.out_dir or new_folder(f"runs/{NAME}")
         samples = args.out_dir / "samples"
-        samples.mkdir(parents=True, exist_ok=True)
+        # A second run that was started together with this one ends here.
+        samples.mkdir(parents=True, exist_ok=bool(checkpoint))
         real = torch.stack(source_and_target(pairs[:32], args), 1).flatten(0, 1)
         save_grid(real, samples / "real.png")
         print(f"{len(pairs) * WORLD_SIZE:,} pairs of {args.dataset}, {steps:,} steps per epoch")
@@ -477,10 +478,13 @@ def read_pair(paths, size):
 def read_image(path):
     """Returns the image, upright and in RGB. Raises OSError with the path and Pillow's error."""
     try:
-        image = ImageOps.exif_transpose(Image.open(path))
+        image = Image.open(path)
+        if image.mode in ("F", "LAB") or (image.mode == "I" and image.format not in ("PPM", "PNG")):
+            raise ValueError(f"its values ({image.mode}) have no agreed black and white")
+        image = ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow raises many kinds
         raise OSError(f"{path}: {error}") from error
-    if image.mode.startswith("I"):  # 16 bits, which convert() would clip
+    if image.mode.startswith("I"):  # unsigned 16 bits, which convert() would clip
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")

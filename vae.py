@@ -144,7 +144,8 @@ def train(args, checkpoint):
         args.out_dir = args.out_dir or new_folder(f"runs/{NAME}")
         samples = args.out_dir / "samples"
         reconstructions = args.out_dir / "reconstructions"
-        samples.mkdir(parents=True, exist_ok=True)
+        # A second run that was started together with this one ends here.
+        samples.mkdir(parents=True, exist_ok=bool(checkpoint))
         reconstructions.mkdir(exist_ok=True)
         save_grid(images[:64], samples / "real.png", value_range=(0, 1))
         print(f"{len(images) * WORLD_SIZE:,} images of {args.dataset}, {steps:,} steps per epoch")

@@ -219,20 +219,20 @@ def free_port():
 
 def run_two_machines(folders):
     """torchrun on two machines, an agent each in a folder of its own: a run, then one that is
-    resumed without the checkpoint on the second. Returns their statuses, and the seconds."""
+    resumed without the checkpoint on the second. Returns their statuses."""
     launch = [sys.executable, *"-m torch.distributed.run --nnodes 2 --nproc-per-node 1".split()]
-    words = [*"--dataset mnist --data-dir data --width 2 --batch-size 16".split()]
+    words = "--dataset mnist --data-dir data --width 2 --batch-size 16".split()
     found = []
     for argv in (["--epochs", "1", *words], ["--resume", "runs/gan", "--epochs", "2"]):
-        began = time.monotonic()
         address = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
         running = []
         for rank, folder in enumerate(folders):
             command = [*launch, *address, "--node-rank", str(rank), str(ROOT / "gan.py"), *argv]
             output = open(folder / "output", "w")
             running.append(subprocess.Popen(command, cwd=folder, stdout=output, stderr=output))
-        found.append([process.wait(200) for process in running])
-    return *found, time.monotonic() - began
+        # Not the two hours of a step, but a minute, and the start of two agents.
+        found.append([process.wait(120) for process in running])
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,8 @@ def test_a_script_and_common_are_a_project(name, flags, tmp_path):
     """Copied into an empty folder, it trains there."""
     for file in (f"{name}.py", "common.py"):
         shutil.copy(ROOT / file, tmp_path)
-    assert Command(name, "--epochs", 1, *flags[name], cwd=tmp_path, folder=tmp_path).wait() == (0, "")
+    running = Command(name, "--epochs", 1, *flags[name], cwd=tmp_path, folder=tmp_path)
+    assert running.wait() == (0, "")
     assert (tmp_path / "runs" / name / "checkpoint.pt").exists()
 
 

@@ -80,11 +80,11 @@ def done(checkout):
         launch = [sys.executable] if launcher == "python" else [sys.executable, "-m", TORCHRUN]
         words = [*launch, script, *argv]
         if command == TYPED[0]:  # stopped after the first of its epochs, which are all alike
-            with subprocess.Popen(words, cwd=checkout, stderr=subprocess.PIPE, text=True) as process:
-                while process.poll() is None and not [*checkout.glob("runs/dcgan/checkpoint.pt")]:
-                    time.sleep(0.1)
-                process.send_signal(signal.SIGINT)
-                err = process.stderr.read()
+            process = subprocess.Popen(words, cwd=checkout, stderr=subprocess.PIPE, text=True)
+            while process.poll() is None and not [*checkout.glob("runs/dcgan/checkpoint.pt")]:
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            err = process.communicate()[1]
             return process.returncode - 130, err.partition("\nstopped")[0]
         result = subprocess.run(words, cwd=checkout, capture_output=True, text=True)
         return result.returncode, result.stderr

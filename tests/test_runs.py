@@ -213,12 +213,16 @@ def test_runs_on_a_disk_that_is_not_there(name, script, flags, tmp_path, monkeyp
     assert err.startswith("error: ") and "'runs'" in err and len(err.splitlines()) == 1
 
 
-def test_two_runs_at_once_have_two_folders(name, flags, tmp_path):
-    running = [Command(name, "--epochs", 2, *flags[name], cwd=tmp_path) for _ in range(2)]
+def test_two_runs_at_once_have_two_folders_and_never_one(name, flags, tmp_path):
+    words = [name, "--epochs", 2, *flags[name]]
+    running = [Command(*words, cwd=tmp_path) for _ in range(2)]
     assert [command.wait() for command in running] == [(0, "")] * 2
-    folders = sorted((tmp_path / "runs").iterdir())
-    assert [folder.name for folder in folders] == [name, f"{name}-2"]
-    assert same(*map(result, folders))
+    running = [Command(*words, "--out-dir", "run", cwd=tmp_path) for _ in range(2)]
+    assert [command.wait()[0] for command in running].count(0) == 1
+    runs = tmp_path / "runs"
+    assert sorted(os.listdir(runs)) == [name, f"{name}-2"]
+    for folder in (runs / f"{name}-2", tmp_path / "run"):
+        assert same(result(folder), result(runs / name))
 
 
 def test_nothing_said_and_no_network(name, script, offline, tmp_path, monkeypatch, capsys):
@@ -226,7 +230,8 @@ def test_nothing_said_and_no_network(name, script, offline, tmp_path, monkeypatc
     small = [*SMALL[name], "--epochs", 1, "--batch-size", 400]
     assert run(script, *small) == 0
     out, err = capsys.readouterr()
-    reason = "MNIST is not in data/ and cannot be downloaded (no network): training on synthetic digits"
+    reason = "MNIST is not in data/ and cannot be downloaded (no network): "
+    reason += "training on synthetic digits"
     if name == "pix2pix":
         reason = "data/facades does not exist and cannot be downloaded (no network): "
         reason += "training on synthetic facades"
@@ -246,10 +251,10 @@ def test_two_machines_without_a_shared_disk(two_machines):
     """Both have the data, the first alone writes. Without the checkpoint to resume, the second says
     so, upon which the first ends, too."""
     (first, second), running = two_machines
-    trained, resumed, seconds = running.result()
+    trained, resumed = running.result()
     assert trained == [0, 0]
     assert (first / "runs" / "gan" / "checkpoint.pt").exists() and not (second / "runs").exists()
-    assert 0 not in resumed and seconds < 90  # a minute, and the start of two agents
+    assert 0 not in resumed
     assert "No such file or directory: 'runs/gan'\n" in (second / "output").read_text()
     assert "error: another process has ended" in (first / "output").read_text()
 
@@ -295,7 +300,7 @@ def test_a_kept_checkpoint_is_resumed_in_another_folder(
     assert kept == ["checkpoint.pt", "checkpoint_0002.pt", "checkpoint_0004.pt"]
 
     before = result(out)
-    assert run(script, "--resume", out / kept[1], "--out-dir", out) == 2  # it would overwrite the run
+    assert run(script, "--resume", out / kept[1], "--out-dir", out) == 2  # no overwriting
     assert f"{out} is not empty" in capsys.readouterr().err
     assert same(result(out), before)
     for words in (["--out-dir", fork], []):  # it makes a folder of its own
@@ -404,7 +409,9 @@ class Evil:
         return os.mkdir, ("evil",)
 
 
-def test_bad_checkpoints_are_refused_in_one_line(name, script, finished, tmp_path, monkeypatch, capsys):
+def test_bad_checkpoints_are_refused_in_one_line(
+    name, script, finished, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     good, checkpoint = (finished / "checkpoint.pt").read_bytes(), load(finished)
     for tenth in range(10):
@@ -538,8 +545,8 @@ def test_a_flag_added_to_a_copy_survives_resume(name, flags, tmp_path):
 
 
 def test_a_metric_added_to_a_copy_arrives_everywhere(name, copied, tmp_path):
-    """Also one that is no float but a number of numpy's; what the run had before is kept, unless the
-    copy leaves it out."""
+    """Also one that is no float but a number of numpy's; what the run had before is kept, unless
+    the copy leaves it out."""
     out, checkpoint = copied
     add = f'sums["{COLUMNS[name][-1]}"] += '
     mine = (add, f"sums['mine'] += loss.detach() * 0 + 0.25\n                {add}")
@@ -553,7 +560,7 @@ def test_a_metric_added_to_a_copy_arrives_everywhere(name, copied, tmp_path):
         words = ["--resume", checkpoint, "--epochs", epochs]
         running = Command(name, *words, cwd=tmp_path, folder=tmp_path)
         assert running.wait() == (0, "")
-        assert re.search(r"mine 0.25 .*", running.read("out")) and "numpys 0.5" in running.read("out")
+        assert "mine 0.25" in running.read("out") and "numpys 0.5" in running.read("out")
 
     rows = list(csv.DictReader(open(out / "metrics.csv")))
     assert set(rows[0]) == {"epoch", "seconds", "mine", "numpys", *COLUMNS[name]}

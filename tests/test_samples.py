@@ -1,4 +1,4 @@
-"""What vae.py, gan.py and dcgan.py draw: after every epoch, with --sample, and with --interpolate."""
+"""What vae.py, gan.py and dcgan.py draw: every epoch, with --sample, and with --interpolate."""
 
 import math
 
