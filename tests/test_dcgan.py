@@ -139,14 +139,6 @@ def test_losses_are_those_of_the_formulas():
     torch.testing.assert_close(dcgan.generator_loss(fake), -d_fake.log().mean())
 
 
-def test_losses_are_finite_if_d_is_certain():
-    """And G's gradient has its full strength."""
-    far = torch.tensor([200.0], requires_grad=True)
-    assert dcgan.discriminator_loss(-far, far) == 400
-    dcgan.generator_loss(-far).backward()
-    assert far.grad == 1
-
-
 def minimize(loss, optimizer):
     optimizer.zero_grad()
     loss.backward()
