@@ -16,8 +16,8 @@ held-out images above their reconstructions. The metrics are the negative ELBO a
 nats per image, with weight 1 for the KL. An autoencoder has no KL and draws no samples.
 
 Differences from the paper:
-1. The learning rate rises and falls in one cycle (Smith & Topin 2018, arXiv:1708.07120).
-   --constant-lr is Adam's usual 1e-3.
+1. The learning rate makes one cycle, up to five times --lr and down to 0 (Smith & Topin 2018,
+   arXiv:1708.07120). With --constant-lr it is --lr.
 2. Adam, not Adagrad; ReLU, not tanh; PyTorch's initial weights; 400 hidden units, not 500; batches
    of 128, not 100, without the last partial one; no weight decay: as in most implementations.
 3. Gray values in [0, 1] are the targets of a Bernoulli likelihood, not binarized. That is no
