@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torchvision.utils import save_image
 
 
-def select_device(cuda):
+def select_device(cuda, checkpoint=None):
     """Returns the GPU if `cuda` is set and there is one, else the CPU, with a warning on stderr.
 
     Under torchrun, each process takes a GPU of its own and joins the process group here. The
-    program ends with one line if there are fewer GPUs than processes, or a process is missing."""
+    program ends with one line if there are fewer GPUs than processes, a process is missing, or the
+    processes have checkpoints of different epochs."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
     if cuda and torch.cuda.is_available():
@@ -31,19 +32,24 @@ def select_device(cuda):
         print("warning: --cuda: no CUDA GPU is available, using the CPU", file=sys.stderr)
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        join(device)
+        join(device, len(checkpoint["metrics"]) if checkpoint else 0)
     return device
 
 
-def join(device):
-    """Joins torchrun's other processes. Ends with one line if one of them ended before joining."""
+def join(device, epochs):
+    """Joins torchrun's other processes. Ends with one line if one of them ended before joining, or
+    has done another number of epochs."""
     soon = timedelta(seconds=45)
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=soon))
-        store.set(f"joined {rank}", "")
-        store.wait([f"joined {n}" for n in range(world_size)], soon)
+        store.set(f"joined {rank}", str(epochs))
+        keys = [f"joined {n}" for n in range(world_size)]
+        store.wait(keys, soon)
+        found = [int(store.get(key)) for key in keys]
     except RuntimeError:
         sys.exit("error: another process has ended, or did not start within 45 seconds")
+    if len(set(found)) > 1:
+        sys.exit(f"error: the processes have different checkpoints, after epochs {found}")
 
     # The timeout is two hours, because the others wait while one process downloads or evaluates.
     # If a process ends, its connections close, and the others fail at once.

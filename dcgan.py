@@ -131,12 +131,10 @@ def generator_loss(fake_logits):
 
 
 def train(args, checkpoint):
-    device = select_device(args.cuda)
+    device = select_device(args.cuda, checkpoint)
     images = load_images(args)
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
         images = images.to(device)  # they fit into half of its free memory
-    if args.channels not in (None, images.shape[1]):
-        sys.exit("error: --channels works only with --dataset folder")
     args.channels = images.shape[1]
     steps = len(images) // args.batch_size
     if steps == 0:
@@ -168,12 +166,6 @@ def train(args, checkpoint):
             part.load_state_dict(checkpoint[name])
         # The optimizers restore the old learning rate, but --lr may be new.
         optimizer_g.param_groups[0]["lr"] = optimizer_d.param_groups[0]["lr"] = args.lr
-
-    if WORLD_SIZE > 1:
-        epochs = [0] * WORLD_SIZE
-        dist.all_gather_object(epochs, len(history))
-        if len(set(epochs)) > 1:
-            sys.exit(f"error: the processes have different checkpoints, after epochs {epochs}")
 
     if RANK == 0:
         args.out_dir = args.out_dir or new_folder(f"runs/{NAME}")
@@ -257,7 +249,7 @@ def sample(args, checkpoint):
     generator.to(device, memory_format=torch.channels_last).eval()
     torch.manual_seed(args.seed)
     name = "generated"
-    z = torch.randn(args.num_samples or 64, args.latent_dim)
+    z = torch.randn(args.num_samples, args.latent_dim)
     if args.interpolate:
         # Eight points from a to b, all from N(0, I), since cos^2 + sin^2 = 1. On a straight line
         # they would come too close to 0.
@@ -281,22 +273,18 @@ def load_images(args):
 
     Pads digits with black, resizes CIFAR-10. Without --dataset and without MNIST, sets args.dataset
     to synthetic."""
-    folder = args.data_dir or "data"
     if args.dataset == "folder":
-        return read_folder(folder, args)
-    if args.data_dir and not args.dataset and not os.path.exists(f"{folder}/MNIST"):
-        if any(Path(folder).rglob("*.[jJpP]*[gG]")):  # .jpg, .jpeg or .png
-            sys.exit(f"error: {folder} has images, but not MNIST: add --dataset folder")
+        return read_folder(args.data_dir, args)
     source = DATASETS.get(args.dataset or "mnist")
     if source and os.environ.get("LOCAL_RANK", "0") == "0":  # one process of each machine
         socket.setdefaulttimeout(10)  # seconds, so that no download hangs
         try:
-            source(folder, download=True)
+            source(args.data_dir, download=True)
         except (OSError, RuntimeError, ValueError, EOFError) as error:
-            reason = "no network" if "urlopen error" in str(error) else repr(error)[:99]
-            reason = f"{source.__name__} is not in {folder}/ and cannot be downloaded ({reason})"
+            reason = " ".join(str(error).split()[-9:])  # the end of several lines
+            reason = f"no {source.__name__} in {args.data_dir}, and no download: {reason}"
             # Never replace what the user named. Several processes must train on the same set.
-            if args.dataset or args.data_dir or WORLD_SIZE > 1:
+            if args.dataset or WORLD_SIZE > 1:
                 site = source.url if source is CIFAR10 else source.mirrors
                 sys.exit(f"error: {reason} from {site}")
             print(f"warning: {reason}: training on synthetic digits", file=sys.stderr)
@@ -305,11 +293,10 @@ def load_images(args):
         dist.barrier()  # wait for the download
 
     args.dataset = args.dataset or "mnist"
-    args.data_dir = os.path.abspath(folder)  # for a checkpoint that is used elsewhere
     if args.dataset == "synthetic":
         images = synthetic_digits(20_000, seed=0)
     else:
-        images = torch.as_tensor(source(folder).data)
+        images = torch.as_tensor(source(args.data_dir).data)
     # Equal shares, so that all processes make the same number of steps.
     images = images[RANK::WORLD_SIZE][: len(images) // WORLD_SIZE]
     if args.dataset == "cifar10":
@@ -399,7 +386,7 @@ if sys.stdout.isatty():
 def progress(batches, sums, history, args):
     """Yields the batches of an epoch, and prints the means of `sums` over the steps so far.
 
-    At the end of the epoch, appends them to `history`. Ends the program if one is not finite."""
+    At the end of the epoch, appends them to `history`."""
     epoch = len(history) + 1
     began = shown = perf_counter()
     for step, batch in enumerate(batches, 1):
@@ -409,8 +396,6 @@ def progress(batches, sums, history, args):
             continue
 
         row = {name: float(total) / step for name, total in sums.items()}  # waits for the GPU
-        if not all(map(math.isfinite, row.values())):
-            sys.exit(f"error: loss not finite in epoch {epoch}, not saved: lower --lr: {row}")
         shown = perf_counter()
         seconds = shown - began
         rate = step * len(batch) * WORLD_SIZE / seconds
@@ -430,7 +415,11 @@ def progress(batches, sums, history, args):
 def save(state, history, args):
     """Writes metrics.csv, and replaces checkpoint.pt in one step: a kill or a full disk leaves the
     old one or the new one."""
-    flags = vars(args) | dict.fromkeys(THIS_COMMAND)
+    if not all(map(math.isfinite, history[-1].values())):
+        sys.exit(f"error: not finite, so not saved: lower --lr: {history[-1]}")
+
+    # Without the flags of this command only.
+    flags = vars(args) | dict.fromkeys(("cuda", "out_dir", "resume", "sample"))
     # weights_only=True requires plain values. argparse makes paths of strings again.
     checkpoint = json.dumps({"script": NAME, "args": flags, "metrics": history}, default=os.fspath)
     checkpoint = json.loads(checkpoint)
@@ -464,21 +453,10 @@ def new_folder(path):
                 continue
 
 
-# Flags of one command only, which a checkpoint does not keep.
-THIS_COMMAND = (
-    "cuda",
-    "out_dir",
-    "resume",
-    "sample",
-    "num_samples",
-    "interpolate",
-)
-
-
 def positive(text):
     """For argparse: a whole number of at least 1."""
     if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
+        raise ValueError
     return int(text)
 
 
@@ -494,7 +472,7 @@ def parse_args(argv=None):
     """Returns the arguments, and the checkpoint that --resume or --sample names, else None."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,  # so that an error is one line
-        epilog=__doc__.partition("\n\nWrites to")[0],
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -509,7 +487,8 @@ def parse_args(argv=None):
     add("--compile", **switch, help="torch.compile the networks")
     sets = (*DATASETS, "synthetic", "folder")
     add("--dataset", choices=sets, help="default: mnist, if available")
-    add("--data-dir", type=os.path.abspath, help="where the data sets are, or your images (data)")
+    where = "where the data sets are, or with --dataset folder your images (data)"
+    add("--data-dir", type=os.path.abspath, default="data", help=where)
     add("--image-size", type=image_size, metavar="N", help="64 for a folder, else 32")
     add("--channels", type=int, choices=(1, 3), help="of a folder, 1 for gray (3)")
     add("--latent-dim", **number, default=100, help="size of z (%(default)s)")
@@ -519,7 +498,7 @@ def parse_args(argv=None):
     use = parser.add_mutually_exclusive_group().add_argument
     use("--resume", type=Path, help="continue from that run or checkpoint")
     use("--sample", type=Path, help="write images from that run or checkpoint")
-    add("--num-samples", **number, help="with --sample: number of images (64)")
+    add("--num-samples", **number, default=64, help="with --sample: images (%(default)s)")
     add("--interpolate", **number, help="with --sample: number of interpolations")
 
     args = parser.parse_args(argv)
@@ -530,15 +509,12 @@ def parse_args(argv=None):
             path /= "checkpoint.pt"
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            script = checkpoint["script"]
+            if checkpoint["script"] != NAME:
+                raise ValueError(f"it is of {checkpoint['script']}.py")
             # What the checkpoint saved becomes the default, so that no flag need be repeated.
             parser.set_defaults(**checkpoint["args"])
-        except (FileNotFoundError, PermissionError) as error:
-            parser.error(error)
-        except Exception:  # torch.load raises many kinds
-            parser.error(f"{path} is damaged, or not a checkpoint")
-        if script != NAME:
-            parser.error(f"{path} is of {script}.py")
+        except Exception as error:  # torch.load raises many kinds
+            parser.error(f"{path} is not a checkpoint of {NAME}.py, or damaged: {error!r:.99}")
         if args.sample or path.name == "checkpoint.pt":
             parser.set_defaults(out_dir=path.parent)
         args = parser.parse_args(argv)
@@ -550,8 +526,6 @@ def parse_args(argv=None):
     if not 0 < args.lr <= 1:
         parser.error("--lr must be above 0 and at most 1")
     args.image_size = args.image_size or (64 if args.dataset == "folder" else 32)
-    if (args.num_samples or args.interpolate) and not args.sample:
-        parser.error("--num-samples and --interpolate need --sample")
     return args, checkpoint
 
 

@@ -91,12 +91,12 @@ def generator_loss(fake_logits, saturating):
 
 
 def train(args, checkpoint):
-    device = select_device(args.cuda)
+    device = select_device(args.cuda, checkpoint)
     images = load_images(args).to(device)
     images_per_step = args.batch_size * args.d_steps  # k batches for D, then one step of G
     steps = len(images) // images_per_step
-    if steps == 0:
-        sys.exit(f"error: {len(images)} images per process are too few: lower --batch-size")
+    if steps == 0 or args.batch_size == 1:  # BatchNorm needs two images
+        sys.exit(f"error: --batch-size must be 2 to {len(images)}, the images per process")
 
     torch.manual_seed(args.seed)
     fixed_noise = torch.randn(64, args.latent_dim).to(device)
@@ -124,12 +124,6 @@ def train(args, checkpoint):
             part.load_state_dict(checkpoint[name])
         # The optimizers restore the old learning rate, but --lr may be new.
         optimizer_g.param_groups[0]["lr"] = optimizer_d.param_groups[0]["lr"] = args.lr
-
-    if WORLD_SIZE > 1:
-        epochs = [0] * WORLD_SIZE
-        dist.all_gather_object(epochs, len(history))
-        if len(set(epochs)) > 1:
-            sys.exit(f"error: the processes have different checkpoints, after epochs {epochs}")
 
     if RANK == 0:
         args.out_dir = args.out_dir or new_folder(f"runs/{NAME}")
@@ -218,7 +212,7 @@ def sample(args, checkpoint):
     generator.load_state_dict(checkpoint["averaged"])
     torch.manual_seed(args.seed)
     name = "generated"
-    z = torch.randn(args.num_samples or 64, args.latent_dim)
+    z = torch.randn(args.num_samples, args.latent_dim)
     if args.interpolate:
         # Eight points from a to b, all from N(0, I), since cos^2 + sin^2 = 1. On a straight line
         # they would come too close to 0.
@@ -240,17 +234,16 @@ def load_images(args):
     """Returns this process's share of the training set: floats (N, 1, 28, 28) in [-1, 1].
 
     Without --dataset and without MNIST, sets args.dataset to synthetic."""
-    folder = args.data_dir or "data"
     source = DATASETS.get(args.dataset or "mnist")
     if source and os.environ.get("LOCAL_RANK", "0") == "0":  # one process of each machine
         socket.setdefaulttimeout(10)  # seconds, so that no download hangs
         try:
-            source(folder, download=True)
+            source(args.data_dir, download=True)
         except (OSError, RuntimeError, ValueError, EOFError) as error:
-            reason = "no network" if "urlopen error" in str(error) else repr(error)[:99]
-            reason = f"{source.__name__} is not in {folder}/ and cannot be downloaded ({reason})"
+            reason = " ".join(str(error).split()[-9:])  # the end of several lines
+            reason = f"no {source.__name__} in {args.data_dir}, and no download: {reason}"
             # Never replace what the user named. Several processes must train on the same set.
-            if args.dataset or args.data_dir or WORLD_SIZE > 1:
+            if args.dataset or WORLD_SIZE > 1:
                 sys.exit(f"error: {reason} from {source.mirrors}")
             print(f"warning: {reason}: training on synthetic digits", file=sys.stderr)
             args.dataset = "synthetic"
@@ -258,11 +251,10 @@ def load_images(args):
         dist.barrier()  # wait for the download
 
     args.dataset = args.dataset or "mnist"
-    args.data_dir = os.path.abspath(folder)  # for a checkpoint that is used elsewhere
     if args.dataset == "synthetic":
         images = synthetic_digits(20_000, seed=0)
     else:
-        images = source(folder).data
+        images = source(args.data_dir).data
     # Equal shares, so that all processes make the same number of steps.
     images = images[RANK::WORLD_SIZE][: len(images) // WORLD_SIZE]
     return images.unsqueeze(1) / 127.5 - 1
@@ -299,7 +291,7 @@ if sys.stdout.isatty():
 def progress(batches, sums, history, args):
     """Yields the batches of an epoch, and prints the means of `sums` over the steps so far.
 
-    At the end of the epoch, appends them to `history`. Ends the program if one is not finite."""
+    At the end of the epoch, appends them to `history`."""
     epoch = len(history) + 1
     began = shown = perf_counter()
     for step, batch in enumerate(batches, 1):
@@ -309,8 +301,6 @@ def progress(batches, sums, history, args):
             continue
 
         row = {name: float(total) / step for name, total in sums.items()}  # waits for the GPU
-        if not all(map(math.isfinite, row.values())):
-            sys.exit(f"error: loss not finite in epoch {epoch}, not saved: lower --lr: {row}")
         shown = perf_counter()
         seconds = shown - began
         rate = step * len(batch) * WORLD_SIZE / seconds
@@ -330,7 +320,11 @@ def progress(batches, sums, history, args):
 def save(state, history, args):
     """Writes metrics.csv, and replaces checkpoint.pt in one step: a kill or a full disk leaves the
     old one or the new one."""
-    flags = vars(args) | dict.fromkeys(THIS_COMMAND)
+    if not all(map(math.isfinite, history[-1].values())):
+        sys.exit(f"error: not finite, so not saved: lower --lr: {history[-1]}")
+
+    # Without the flags of this command only.
+    flags = vars(args) | dict.fromkeys(("cuda", "out_dir", "resume", "sample"))
     # weights_only=True requires plain values. argparse makes paths of strings again.
     checkpoint = json.dumps({"script": NAME, "args": flags, "metrics": history}, default=os.fspath)
     checkpoint = json.loads(checkpoint)
@@ -364,21 +358,10 @@ def new_folder(path):
                 continue
 
 
-# Flags of one command only, which a checkpoint does not keep.
-THIS_COMMAND = (
-    "cuda",
-    "out_dir",
-    "resume",
-    "sample",
-    "num_samples",
-    "interpolate",
-)
-
-
 def positive(text):
     """For argparse: a whole number of at least 1."""
     if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
+        raise ValueError
     return int(text)
 
 
@@ -386,7 +369,7 @@ def parse_args(argv=None):
     """Returns the arguments, and the checkpoint that --resume or --sample names, else None."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,  # so that an error is one line
-        epilog=__doc__.partition("\n\nWrites to")[0],
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -402,7 +385,7 @@ def parse_args(argv=None):
     add("--bf16", **switch, help="autocast to bfloat16")
     add("--compile", **switch, help="torch.compile the networks")
     add("--dataset", choices=(*DATASETS, "synthetic"), help="default: mnist, if available")
-    add("--data-dir", type=os.path.abspath, help="where the data sets are (data)")
+    add("--data-dir", type=os.path.abspath, default="data", help="where the data sets are (data)")
     add("--latent-dim", **number, default=100, help="size of z (%(default)s)")
     add("--width", **number, default=256, help="units of the narrowest layer (%(default)s)")
     add("--out-dir", type=Path, help="default: a new folder in runs/")
@@ -410,7 +393,7 @@ def parse_args(argv=None):
     use = parser.add_mutually_exclusive_group().add_argument
     use("--resume", type=Path, help="continue from that run or checkpoint")
     use("--sample", type=Path, help="write images from that run or checkpoint")
-    add("--num-samples", **number, help="with --sample: number of images (64)")
+    add("--num-samples", **number, default=64, help="with --sample: images (%(default)s)")
     add("--interpolate", **number, help="with --sample: number of interpolations")
 
     args = parser.parse_args(argv)
@@ -421,29 +404,22 @@ def parse_args(argv=None):
             path /= "checkpoint.pt"
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            script = checkpoint["script"]
+            if checkpoint["script"] != NAME:
+                raise ValueError(f"it is of {checkpoint['script']}.py")
             # What the checkpoint saved becomes the default, so that no flag need be repeated.
             parser.set_defaults(**checkpoint["args"])
-        except (FileNotFoundError, PermissionError) as error:
-            parser.error(error)
-        except Exception:  # torch.load raises many kinds
-            parser.error(f"{path} is damaged, or not a checkpoint")
-        if script != NAME:
-            parser.error(f"{path} is of {script}.py")
+        except Exception as error:  # torch.load raises many kinds
+            parser.error(f"{path} is not a checkpoint of {NAME}.py, or damaged: {error!r:.99}")
         if args.sample or path.name == "checkpoint.pt":
             parser.set_defaults(out_dir=path.parent)
         args = parser.parse_args(argv)
 
-    if args.batch_size == 1:
-        parser.error("--batch-size must be at least 2, for BatchNorm")
     if args.out_dir and not args.sample and os.path.isdir(args.out_dir):
         newest = (args.out_dir / "checkpoint.pt").resolve()
         if os.listdir(args.out_dir) and (not path or path.resolve() != newest):
             parser.error(f"{args.out_dir} is not empty: --resume it, or use another --out-dir")
     if not 0 < args.lr <= 1:
         parser.error("--lr must be above 0 and at most 1")
-    if (args.num_samples or args.interpolate) and not args.sample:
-        parser.error("--num-samples and --interpolate need --sample")
     return args, checkpoint
 
 

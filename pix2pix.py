@@ -158,7 +158,7 @@ def generator_loss(fake_logits):
 
 
 def train(args, checkpoint):
-    device = select_device(args.cuda)
+    device = select_device(args.cuda, checkpoint)
     download(args)
     pairs, _ = load_pairs(args, train=True)
     held_out, _ = load_pairs(args, train=False)
@@ -190,12 +190,6 @@ def train(args, checkpoint):
         history = checkpoint["metrics"]
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
-
-    if WORLD_SIZE > 1:
-        epochs = [0] * WORLD_SIZE
-        dist.all_gather_object(epochs, len(history))
-        if len(set(epochs)) > 1:
-            sys.exit(f"error: the processes have different checkpoints, after epochs {epochs}")
 
     if RANK == 0:
         args.out_dir = args.out_dir or new_folder(f"runs/{NAME}")
@@ -256,8 +250,6 @@ def train(args, checkpoint):
         if RANK == 0:
             with autocast:
                 grid, tested = evaluate(generator, held_out, args, device)
-            if not math.isfinite(tested["val_l1"]):
-                sys.exit(f"error: val_l1 not finite in epoch {epoch}, not saved: lower --lr")
             print("  ".join(f"{name} {mean:.5g}" for name, mean in tested.items()), flush=True)
             history[-1] = {"epoch": epoch, **tested, **history[-1]}
             # Save the checkpoint last: a run killed before that repeats this epoch.
@@ -350,7 +342,7 @@ def download(args):
 
     Without --dataset and without facades, sets args.dataset to synthetic."""
     name = args.dataset or "facades"
-    folder = Path(args.data_dir or "data", name)
+    folder = Path(args.data_dir, name)
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of each machine
     if name in ("facades", "maps") and first and not folder.exists():
         url = URL.format(name)
@@ -365,17 +357,15 @@ def download(args):
                 if not folder.exists():  # another machine may have the same disk
                     os.replace(Path(part, name), folder)
         except (OSError, EOFError, tarfile.TarError, zlib.error, HTTPException) as error:
-            reason = "no network" if "urlopen error" in str(error) else repr(error)[:99]
-            reason = f"{folder} does not exist and cannot be downloaded ({reason})"
+            reason = f"no {folder}, and no download: {error}"
             # Never replace what the user named. Several processes must train on the same set.
-            if args.dataset or args.data_dir or WORLD_SIZE > 1:
+            if args.dataset or WORLD_SIZE > 1:
                 sys.exit(f"error: {reason} from {url}")
             print(f"warning: {reason}: training on synthetic facades", file=sys.stderr)
             args.dataset = "synthetic"
     if WORLD_SIZE > 1:
         dist.barrier()  # wait for the download
     args.dataset = args.dataset or name
-    args.data_dir = os.path.abspath(args.data_dir or "data")  # for a checkpoint used elsewhere
 
 
 def load_pairs(args, train):
@@ -531,7 +521,7 @@ if sys.stdout.isatty():
 def progress(batches, sums, history, args):
     """Yields the batches of an epoch, and prints the means of `sums` over the steps so far.
 
-    At the end of the epoch, appends them to `history`. Ends the program if one is not finite."""
+    At the end of the epoch, appends them to `history`."""
     epoch = len(history) + 1
     began = shown = perf_counter()
     for step, batch in enumerate(batches, 1):
@@ -541,8 +531,6 @@ def progress(batches, sums, history, args):
             continue
 
         row = {name: float(total) / step for name, total in sums.items()}  # waits for the GPU
-        if not all(map(math.isfinite, row.values())):
-            sys.exit(f"error: loss not finite in epoch {epoch}, not saved: lower --lr: {row}")
         shown = perf_counter()
         seconds = shown - began
         rate = step * len(batch) * WORLD_SIZE / seconds
@@ -562,7 +550,11 @@ def progress(batches, sums, history, args):
 def save(state, history, args):
     """Writes metrics.csv and, every --save-every epochs, replaces checkpoint.pt in one step: a kill
     or a full disk leaves the old one or the new one."""
-    flags = vars(args) | dict.fromkeys(THIS_COMMAND)
+    if not all(map(math.isfinite, history[-1].values())):
+        sys.exit(f"error: not finite, so not saved: lower --lr: {history[-1]}")
+
+    # Without the flags of this command only.
+    flags = vars(args) | dict.fromkeys(("cuda", "out_dir", "resume", "sample", "input"))
     # weights_only=True requires plain values. argparse makes paths of strings again.
     checkpoint = json.dumps({"script": NAME, "args": flags, "metrics": history}, default=os.fspath)
     checkpoint = json.loads(checkpoint)
@@ -599,22 +591,10 @@ def new_folder(path):
                 continue
 
 
-# Flags of one command only, which a checkpoint does not keep.
-THIS_COMMAND = (
-    "cuda",
-    "out_dir",
-    "resume",
-    "sample",
-    "num_samples",
-    "input",
-    "deterministic",
-)
-
-
 def positive(text):
     """For argparse: a whole number of at least 1."""
     if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
+        raise ValueError
     return int(text)
 
 
@@ -622,14 +602,14 @@ def parse_args(argv=None):
     """Returns the arguments, and the checkpoint that --resume or --sample names, else None."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,  # so that an error is one line
-        epilog=__doc__.partition("\n\nWrites to")[0],
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     number = {"type": positive, "metavar": "N"}
     switch = {"action": argparse.BooleanOptionalAction, "default": False}
     add("--epochs", **number, default=200, help="passes over the training set (%(default)s)")
-    add("--decay-epochs", type=int, default=0, help="epochs at the end over which --lr falls (0)")
+    add("--decay-epochs", **number, default=0, help="epochs at the end over which --lr falls (0)")
     add("--batch-size", **number, default=1, help="pairs per step and process (%(default)s)")
     add("--lr", type=float, default=2e-4, help="Adam's learning rate (%(default)s)")
     add("--l1-weight", type=float, default=100.0, help="weight of the L1 loss (%(default)s)")
@@ -640,7 +620,8 @@ def parse_args(argv=None):
     add("--compile", **switch, help="torch.compile the networks")
     sets = ("facades", "maps", "folder", "synthetic")
     add("--dataset", choices=sets, help="default: facades, if available")
-    add("--data-dir", type=os.path.abspath, help="where the data sets are, or your pairs (data)")
+    where = "where the data sets are, or your pairs (data)"
+    add("--data-dir", type=os.path.abspath, default="data", help=where)
     add("--direction", choices=("AtoB", "BtoA"), help="AtoB; for facades and synthetic, BtoA")
     sizes = (32, 64, 128, 256, 512, 1024)
     add("--image-size", type=int, choices=sizes, default=256, help="(%(default)s)")
@@ -665,15 +646,12 @@ def parse_args(argv=None):
             path /= "checkpoint.pt"
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            script = checkpoint["script"]
+            if checkpoint["script"] != NAME:
+                raise ValueError(f"it is of {checkpoint['script']}.py")
             # What the checkpoint saved becomes the default, so that no flag need be repeated.
             parser.set_defaults(**checkpoint["args"])
-        except (FileNotFoundError, PermissionError) as error:
-            parser.error(error)
-        except Exception:  # torch.load raises many kinds
-            parser.error(f"{path} is damaged, or not a checkpoint")
-        if script != NAME:
-            parser.error(f"{path} is of {script}.py")
+        except Exception as error:  # torch.load raises many kinds
+            parser.error(f"{path} is not a checkpoint of {NAME}.py, or damaged: {error!r:.99}")
         if args.sample or path.name == "checkpoint.pt":
             parser.set_defaults(out_dir=path.parent)
         args = parser.parse_args(argv)
@@ -684,13 +662,6 @@ def parse_args(argv=None):
             parser.error(f"{args.out_dir} is not empty: --resume it, or use another --out-dir")
     if not 0 < args.lr <= 1:
         parser.error("--lr must be above 0 and at most 1")
-    for weight in (args.l1_weight, args.gan_weight):
-        if not 0 <= weight < math.inf:
-            parser.error("--l1-weight and --gan-weight must be at least 0, and finite")
-    if not 0 <= args.decay_epochs <= args.epochs:
-        parser.error("--decay-epochs must be at least 0 and at most --epochs")
-    if (args.num_samples or args.input or args.deterministic) and not args.sample:
-        parser.error("--num-samples, --input and --deterministic need --sample")
     if args.direction is None:
         args.direction = "AtoB" if args.dataset in ("maps", "folder") else "BtoA"
     return args, checkpoint

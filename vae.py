@@ -113,7 +113,7 @@ def decode(model, z):
 
 
 def train(args, checkpoint):
-    device = select_device(args.cuda)
+    device = select_device(args.cuda, checkpoint)
     images, held_out = (part.to(device) for part in load_images(args))
     steps = len(images) // args.batch_size
     if steps == 0:
@@ -133,12 +133,6 @@ def train(args, checkpoint):
         history = checkpoint["metrics"]
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
-
-    if WORLD_SIZE > 1:
-        epochs = [0] * WORLD_SIZE
-        dist.all_gather_object(epochs, len(history))
-        if len(set(epochs)) > 1:
-            sys.exit(f"error: the processes have different checkpoints, after epochs {epochs}")
 
     if RANK == 0:
         args.out_dir = args.out_dir or new_folder(f"runs/{NAME}")
@@ -182,8 +176,6 @@ def train(args, checkpoint):
         if RANK == 0:
             model.eval()
             tested = evaluate(model, held_out, args)
-            if not math.isfinite(tested["test_loss"]):
-                sys.exit(f"error: test_loss not finite in epoch {epoch}, not saved: lower --lr")
             print("  ".join(f"{name} {mean:.5g}" for name, mean in tested.items()), flush=True)
             history[-1] = {"epoch": epoch, **tested, **history[-1]}
 
@@ -257,7 +249,7 @@ def estimate(args, checkpoint):
     """Prints a bound on log p(x), the mean over the held-out images."""
     held_out = load_images(args)[1]
     model, device = restore(args, checkpoint)
-    count = args.importance_samples or 100
+    count = args.importance_samples
     chunks = held_out.to(device).split(max(1, 5000 // count))  # about 5,000 decoded at once
     bounds = torch.cat([log_likelihood_bound(model, x, count) for x in chunks])
     error = bounds.std() / math.sqrt(len(bounds))
@@ -272,14 +264,11 @@ def sample(args, checkpoint):
     """Writes generated images, each to a file, and the first 64 of them as a grid."""
     model, device = restore(args, checkpoint)
     name = "generated"
-    z = torch.randn(args.num_samples or 64, args.latent_dim).to(device)
+    z = torch.randn(args.num_samples, args.latent_dim).to(device)
     if args.interpolate:
         # Eight points on a straight line from the encoding of a held-out image to that of another.
-        count = 2 * args.interpolate
-        x = load_images(args)[1][:count].to(device)
-        if len(x) < count:
-            sys.exit(f"error: --interpolate must be at most {len(x) // 2}, half the held-out set")
-        a, b = model.encode(x)[0].view(2, args.interpolate, 1, -1)
+        x = load_images(args)[1][: 2 * args.interpolate].to(device)
+        a, b = model.encode(x)[0].unsqueeze(1).chunk(2)
         t = torch.linspace(0, 1, 8, device=device)[:, None]
         z = torch.lerp(a, b, t).flatten(0, 1)
         name = "interpolation"
@@ -313,17 +302,16 @@ def load_images(args):
     (N, 1, 28, 28) in [0, 1]. The held-out set is the same in every run and process.
 
     Without --dataset and without MNIST, sets args.dataset to synthetic."""
-    folder = args.data_dir or "data"
     source = DATASETS.get(args.dataset or "mnist")
     if source and os.environ.get("LOCAL_RANK", "0") == "0":  # one process of each machine
         socket.setdefaulttimeout(10)  # seconds, so that no download hangs
         try:
-            source(folder, download=True)
+            source(args.data_dir, download=True)
         except (OSError, RuntimeError, ValueError, EOFError) as error:
-            reason = "no network" if "urlopen error" in str(error) else repr(error)[:99]
-            reason = f"{source.__name__} is not in {folder}/ and cannot be downloaded ({reason})"
+            reason = " ".join(str(error).split()[-9:])  # the end of several lines
+            reason = f"no {source.__name__} in {args.data_dir}, and no download: {reason}"
             # Never replace what the user named. Several processes must train on the same set.
-            if args.dataset or args.data_dir or WORLD_SIZE > 1:
+            if args.dataset or WORLD_SIZE > 1:
                 sys.exit(f"error: {reason} from {source.mirrors}")
             print(f"warning: {reason}: training on synthetic digits", file=sys.stderr)
             args.dataset = "synthetic"
@@ -331,13 +319,12 @@ def load_images(args):
         dist.barrier()  # wait for the download
 
     args.dataset = args.dataset or "mnist"
-    args.data_dir = os.path.abspath(folder)  # for a checkpoint that is used elsewhere
     if args.dataset == "synthetic":
         images = synthetic_digits(20_000, seed=0)
         held_out = synthetic_digits(2_000, seed=1)
     else:
-        images = source(folder).data
-        held_out = source(folder, train=False).data
+        images = source(args.data_dir).data
+        held_out = source(args.data_dir, train=False).data
     # Equal shares, so that all processes make the same number of steps.
     images = images[RANK::WORLD_SIZE][: len(images) // WORLD_SIZE]
     return images.unsqueeze(1) / 255, held_out.unsqueeze(1) / 255
@@ -374,7 +361,7 @@ if sys.stdout.isatty():
 def progress(batches, sums, history, args):
     """Yields the batches of an epoch, and prints the means of `sums` over the steps so far.
 
-    At the end of the epoch, appends them to `history`. Ends the program if one is not finite."""
+    At the end of the epoch, appends them to `history`."""
     epoch = len(history) + 1
     began = shown = perf_counter()
     for step, batch in enumerate(batches, 1):
@@ -384,8 +371,6 @@ def progress(batches, sums, history, args):
             continue
 
         row = {name: float(total) / step for name, total in sums.items()}  # waits for the GPU
-        if not all(map(math.isfinite, row.values())):
-            sys.exit(f"error: loss not finite in epoch {epoch}, not saved: lower --lr: {row}")
         shown = perf_counter()
         seconds = shown - began
         rate = step * len(batch) * WORLD_SIZE / seconds
@@ -405,7 +390,11 @@ def progress(batches, sums, history, args):
 def save(state, history, args):
     """Writes metrics.csv, and replaces checkpoint.pt in one step: a kill or a full disk leaves the
     old one or the new one."""
-    flags = vars(args) | dict.fromkeys(THIS_COMMAND)
+    if not all(map(math.isfinite, history[-1].values())):
+        sys.exit(f"error: not finite, so not saved: lower --lr: {history[-1]}")
+
+    # Without the flags of this command only.
+    flags = vars(args) | dict.fromkeys(("cuda", "out_dir", "resume", "sample", "eval"))
     # weights_only=True requires plain values. argparse makes paths of strings again.
     checkpoint = json.dumps({"script": NAME, "args": flags, "metrics": history}, default=os.fspath)
     checkpoint = json.loads(checkpoint)
@@ -439,23 +428,10 @@ def new_folder(path):
                 continue
 
 
-# Flags of one command only, which a checkpoint does not keep.
-THIS_COMMAND = (
-    "cuda",
-    "out_dir",
-    "resume",
-    "sample",
-    "num_samples",
-    "interpolate",
-    "eval",
-    "importance_samples",
-)
-
-
 def positive(text):
     """For argparse: a whole number of at least 1."""
     if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
+        raise ValueError
     return int(text)
 
 
@@ -464,7 +440,7 @@ def parse_args(argv=None):
     else None."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,  # so that an error is one line
-        epilog=__doc__.partition("\n\nWrites to")[0],
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -481,7 +457,7 @@ def parse_args(argv=None):
     add("--bf16", **switch, help="autocast to bfloat16")
     add("--compile", **switch, help="torch.compile the networks")
     add("--dataset", choices=(*DATASETS, "synthetic"), help="default: mnist, if available")
-    add("--data-dir", type=os.path.abspath, help="where the data sets are (data)")
+    add("--data-dir", type=os.path.abspath, default="data", help="where the data sets are (data)")
     add("--latent-dim", **number, default=20, help="size of z (%(default)s)")
     add("--width", **number, default=400, help="units of the hidden layers (%(default)s)")
     add("--out-dir", type=Path, help="default: a new folder in runs/")
@@ -489,10 +465,10 @@ def parse_args(argv=None):
     use = parser.add_mutually_exclusive_group().add_argument
     use("--resume", type=Path, help="continue from that run or checkpoint")
     use("--sample", type=Path, help="write images from that run or checkpoint")
-    add("--num-samples", **number, help="with --sample: number of images (64)")
+    add("--num-samples", **number, default=64, help="with --sample: images (%(default)s)")
     add("--interpolate", **number, help="with --sample: number of interpolations")
     use("--eval", type=Path, help="print a bound on log p(x) for that run or checkpoint")
-    add("--importance-samples", **number, help="with --eval: z per image (100)")
+    add("--importance-samples", **number, default=100, help="with --eval: z per image (100)")
 
     args = parser.parse_args(argv)
     checkpoint = None
@@ -502,15 +478,12 @@ def parse_args(argv=None):
             path /= "checkpoint.pt"
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            script = checkpoint["script"]
+            if checkpoint["script"] != NAME:
+                raise ValueError(f"it is of {checkpoint['script']}.py")
             # What the checkpoint saved becomes the default, so that no flag need be repeated.
             parser.set_defaults(**checkpoint["args"])
-        except (FileNotFoundError, PermissionError) as error:
-            parser.error(error)
-        except Exception:  # torch.load raises many kinds
-            parser.error(f"{path} is damaged, or not a checkpoint")
-        if script != NAME:
-            parser.error(f"{path} is of {script}.py")
+        except Exception as error:  # torch.load raises many kinds
+            parser.error(f"{path} is not a checkpoint of {NAME}.py, or damaged: {error!r:.99}")
         if args.sample or path.name == "checkpoint.pt":
             parser.set_defaults(out_dir=path.parent)
         args = parser.parse_args(argv)
@@ -521,10 +494,6 @@ def parse_args(argv=None):
             parser.error(f"{args.out_dir} is not empty: --resume it, or use another --out-dir")
     if not 0 < args.lr <= 1:
         parser.error("--lr must be above 0 and at most 1")
-    if not 0 <= args.beta < math.inf:
-        parser.error("--beta must be at least 0, and finite")
-    if (args.num_samples or args.interpolate) and not args.sample:
-        parser.error("--num-samples and --interpolate need --sample")
     if args.autoencoder and (args.eval or (args.sample and not args.interpolate)):
         parser.error("an autoencoder has no p(z): it has --sample with --interpolate alone")
     return args, checkpoint

@@ -321,12 +321,10 @@ def test_a_mistake_in_the_code_that_reads_keeps_its_traceback(many, monkeypatch)
 FOLDER = "--dataset folder"
 SYNTHETIC = "--dataset synthetic"
 REFUSED = [
-    ("photos/1.jpg", "", "has images, but not MNIST: add --dataset folder"),
     (".hidden.png", FOLDER, "has no images"),
     ("notes.txt", FOLDER, "has no images"),
     ("notes.txt", f"{FOLDER} --data-dir /missing", "--data-dir /missing does not exist"),
     ("notes.txt", f"{SYNTHETIC} --image-size 24", "digits need --image-size 28 or more"),
-    ("notes.txt", f"{SYNTHETIC} --channels 3", "--channels works only with --dataset folder"),
 ]
 
 

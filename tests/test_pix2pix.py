@@ -234,8 +234,9 @@ def test_first_steps_are_the_papers(pair_dir, tmp_path):
 
 def test_rate_is_constant_then_falls_over_the_last_epochs(pair_dir, tmp_path):
     flags = ["--epochs", 5, "--batch-size", 8, "--lr", 0.004, "--keep-every", 1]
-    for decay, rates in ((3, [0.004, 0.004, 0.003, 0.002, 0.001]), (0, [0.004] * 5)):
-        out = train(pair_dir, tmp_path / str(decay), *flags, "--decay-epochs", decay)
+    falling = ["--decay-epochs", 3]
+    for words, rates in ((falling, [0.004, 0.004, 0.003, 0.002, 0.001]), ([], [0.004] * 5)):
+        out = train(pair_dir, tmp_path / str(len(words)), *flags, *words)
         found = []
         for path in sorted(out.glob("checkpoint_*.pt")):
             kept = torch.load(path, weights_only=True)

@@ -342,12 +342,3 @@ def test_autoencoder_has_no_prior(flag, twin, capsys):
     assert run(flag, twin / "checkpoint.pt") == 2
     assert "an autoencoder has no" in capsys.readouterr().err
     assert same(result(twin), before)
-
-
-def test_walks_need_two_images_each(finished, tmp_path, capsys):
-    words = ["--sample", finished, "--out-dir", tmp_path / "new"]
-    assert run(*words, "--interpolate", 33) == 1
-    line = "error: --interpolate must be at most 32, half the held-out set\n"
-    assert capsys.readouterr().err == line
-    assert not (tmp_path / "new").exists()
-    assert run(*words, "--interpolate", 32) == 0
