@@ -172,7 +172,7 @@ def train(args, checkpoint):
         samples = args.out_dir / "samples"
         # A second run that was started together with this one ends here.
         samples.mkdir(parents=True, exist_ok=bool(checkpoint))
-        save_grid(images[:: max(1, len(images) // 64)][:64] / 127.5 - 1, samples / "real.png")
+        save_grid(images[:64] / 127.5 - 1, samples / "real.png")
         print(f"{len(images) * WORLD_SIZE:,} images of {args.dataset}, {steps:,} steps per epoch")
         print(f"on {device.type}, writing to {args.out_dir}", flush=True)
 
@@ -409,12 +409,19 @@ def progress(batches, sums, history, args):
 
     if history:
         seconds += history[-1]["seconds"]  # of the whole run
-    history.append({"epoch": epoch, **row, "images_per_second": rate, "seconds": seconds})
+    history.append(
+        {
+            "epoch": epoch,
+            **row,
+            "images_per_second": rate,
+            "seconds": seconds,
+        }
+    )
 
 
 def save(state, history, args):
     """Writes metrics.csv, and replaces checkpoint.pt in one step: a kill or a full disk leaves the
-    old one or the new one."""
+    old one or the new one. Ends the program if a metric is not finite."""
     if not all(map(math.isfinite, history[-1].values())):
         sys.exit(f"error: not finite, so not saved: lower --lr: {history[-1]}")
 
@@ -424,7 +431,12 @@ def save(state, history, args):
     checkpoint = json.dumps({"script": NAME, "args": flags, "metrics": history}, default=os.fspath)
     checkpoint = json.loads(checkpoint)
     with open(args.out_dir / "metrics.csv", "w") as file:
-        writer = csv.DictWriter(file, history[-1], extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(
+            file,
+            history[-1],
+            extrasaction="ignore",
+            lineterminator="\n",
+        )
         writer.writeheader()
         writer.writerows(history)
 

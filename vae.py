@@ -384,12 +384,19 @@ def progress(batches, sums, history, args):
 
     if history:
         seconds += history[-1]["seconds"]  # of the whole run
-    history.append({"epoch": epoch, **row, "images_per_second": rate, "seconds": seconds})
+    history.append(
+        {
+            "epoch": epoch,
+            **row,
+            "images_per_second": rate,
+            "seconds": seconds,
+        }
+    )
 
 
 def save(state, history, args):
     """Writes metrics.csv, and replaces checkpoint.pt in one step: a kill or a full disk leaves the
-    old one or the new one."""
+    old one or the new one. Ends the program if a metric is not finite."""
     if not all(map(math.isfinite, history[-1].values())):
         sys.exit(f"error: not finite, so not saved: lower --lr: {history[-1]}")
 
@@ -399,7 +406,12 @@ def save(state, history, args):
     checkpoint = json.dumps({"script": NAME, "args": flags, "metrics": history}, default=os.fspath)
     checkpoint = json.loads(checkpoint)
     with open(args.out_dir / "metrics.csv", "w") as file:
-        writer = csv.DictWriter(file, history[-1], extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(
+            file,
+            history[-1],
+            extrasaction="ignore",
+            lineterminator="\n",
+        )
         writer.writeheader()
         writer.writerows(history)
 

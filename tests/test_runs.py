@@ -546,7 +546,7 @@ def test_a_metric_added_to_a_copy_arrives_everywhere(name, copied, tmp_path):
     if name != "vae":
         mine = (add, mine[1].replace("loss.", "loss_d."))
     numpys = (add, f"sums['numpys'] += np.float32(0.5)\n                {add}")
-    less = ('"images_per_second": rate, ', "")
+    less = ('"images_per_second": rate,', "")
     numpy = ("import argparse\n", "import argparse\nimport numpy as np\n")
     change(name, tmp_path, numpy, mine, numpys, less)
     for epochs in (3, 4):
@@ -571,6 +571,17 @@ def test_a_loss_that_is_not_finite_ends_a_copy_before_it_is_saved(name, copied, 
     assert status == 1 and len(err.splitlines()) == 1
     assert "'epoch': 4" in err and f"'{COLUMNS[name][-1]}': inf" in err
     assert len(load(out)["metrics"]) == 3
+
+
+@only(["gan", "dcgan"])
+def test_weights_broken_by_the_last_step_are_not_saved(name, copied, tmp_path):
+    """Though no loss has seen them yet."""
+    before, check = copied[1].read_bytes(), "            if not grid.isfinite"
+    change(name, tmp_path, (check, f"            grid[0, 0, 0, 0] = math.nan\n{check}"))
+    words = ["--resume", copied[0], "--epochs", 3]
+    status, err = Command(name, *words, cwd=tmp_path, folder=tmp_path).wait()
+    assert status == 1 and err.startswith("error: weights not finite in epoch 3")
+    assert copied[1].read_bytes() == before
 
 
 def test_a_tensor_in_the_history_is_an_error_and_not_a_string(name, copied, tmp_path):
