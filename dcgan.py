@@ -23,7 +23,6 @@ Differences from the paper:
 
 import argparse
 import csv
-import glob
 import itertools
 import json
 import math
@@ -31,8 +30,9 @@ import os
 import socket
 import sys
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -174,6 +174,9 @@ def train(args, checkpoint):
         samples.mkdir(parents=True, exist_ok=bool(checkpoint))
         save_grid(images[:64] / 127.5 - 1, samples / "real.png")
         print(f"{len(images) * WORLD_SIZE:,} images of {args.dataset}, {steps:,} steps per epoch")
+        if steps * args.epochs < 2000:
+            enough = math.ceil(4000 / steps)
+            print(f"so few steps give little more than noise: --epochs {enough} makes 4,000")
         print(f"on {device.type}, writing to {args.out_dir}", flush=True)
 
     for epoch in range(len(history) + 1, args.epochs + 1):
@@ -280,7 +283,10 @@ def load_images(args):
         socket.setdefaulttimeout(10)  # seconds, so that no download hangs
         try:
             source(args.data_dir, download=True)
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
+        except (OSError, RuntimeError, ValueError, EOFError, AssertionError) as error:
+            raw = Path(args.data_dir, source.__name__, "raw")
+            if len(list(raw.glob("*-ubyte"))) == 4:  # all are there, so this was no download
+                sys.exit(f"error: the files in {raw} are damaged: delete them")
             reason = " ".join(str(error).split()[-9:])  # the end of several lines
             reason = f"no {source.__name__} in {args.data_dir}, and no download: {reason}"
             # Never replace what the user named. Several processes must train on the same set.
@@ -311,22 +317,24 @@ def read_folder(folder, args):
 
     They are in a temporary file that is mapped into memory, so that the set may be larger than
     memory. If you add labels, leave out those of skipped images."""
-    if not os.path.isdir(folder):
-        sys.exit(f"error: --data-dir {folder} does not exist")
-    paths = glob.glob(f"{glob.escape(folder)}/**", recursive=True)  # without hidden files
-    paths = sorted(filter(os.path.isfile, paths))[RANK::WORLD_SIZE]
+    paths = [os.path.join(folder, name) for name in list_files(folder)[RANK::WORLD_SIZE]]
     file = tempfile.TemporaryFile()
     counts = [0]
+    skipped = Counter()  # by suffix
     pool = ThreadPoolExecutor()
     try:
         for path, (image, error) in zip(paths, pool.map(read_image, paths, itertools.repeat(args))):
             if error:
-                print(f"skipped {path}: {error}", file=sys.stderr)
+                skipped[Path(path).suffix] += 1
+                if skipped.total() <= 5:
+                    print(f"skipped {path}: {error}", file=sys.stderr)
                 continue
             file.write(image.tobytes())
             counts[0] += 1
     finally:
         pool.shutdown(cancel_futures=True)
+    if skipped.total() > 5:
+        print("skipped in all, by suffix:", dict(skipped), file=sys.stderr)
     if WORLD_SIZE > 1:  # another process may have skipped more files
         counts *= WORLD_SIZE
         dist.all_gather_object(counts, counts[0])
@@ -334,6 +342,23 @@ def read_folder(folder, args):
         sys.exit(f"error: {folder} has no images, or fewer than there are processes")
     shape = (min(counts), args.image_size, args.image_size, args.channels or 3)
     return torch.from_numpy(np.memmap(file, mode="c", shape=shape)).permute(0, 3, 1, 2)
+
+
+def list_files(folder):
+    """Returns the names of all files below `folder`, relative to it and sorted, without hidden
+    ones. A folder counts once, however many links lead to it. One that cannot be read is named."""
+    if not os.path.isdir(folder):
+        sys.exit(f"error: {folder} does not exist, or is no folder")
+    names = []
+    seen = set()
+    skip = partial(print, "skipped", file=sys.stderr)
+    for parent, folders, files in os.walk(folder, onerror=skip, followlinks=True):
+        real = os.path.realpath(parent)
+        for entries in (folders, files):
+            entries[:] = [name for name in entries if name[0] != "." and real not in seen]
+        seen.add(real)
+        names += [os.path.relpath(os.path.join(parent, name), folder) for name in files]
+    return sorted(names)
 
 
 def read_image(path, args):
@@ -420,8 +445,8 @@ def progress(batches, sums, history, args):
 
 
 def save(state, history, args):
-    """Writes metrics.csv, and replaces checkpoint.pt in one step: a kill or a full disk leaves the
-    old one or the new one. Ends the program if a metric is not finite."""
+    """Writes args.json and metrics.csv, and replaces checkpoint.pt in one step: a kill or a full disk
+    leaves the old one or the new one. Ends the program if a metric is not finite."""
     if not all(map(math.isfinite, history[-1].values())):
         sys.exit(f"error: not finite, so not saved: lower --lr: {history[-1]}")
 
@@ -430,6 +455,7 @@ def save(state, history, args):
     # weights_only=True requires plain values. argparse makes paths of strings again.
     checkpoint = json.dumps({"script": NAME, "args": flags, "metrics": history}, default=os.fspath)
     checkpoint = json.loads(checkpoint)
+    (args.out_dir / "args.json").write_text(json.dumps(checkpoint["args"], indent=4))
     with open(args.out_dir / "metrics.csv", "w") as file:
         writer = csv.DictWriter(
             file,
@@ -547,9 +573,11 @@ def main():
     try:
         run(args, checkpoint)
     except (OSError, RuntimeError) as error:
-        # The disk is full, which torch.save reports as a RuntimeError, or cannot be written.
+        # The run's folder cannot be written, is gone, or the disk is full, which torch.save reports
+        # as a RuntimeError.
         cause = error if isinstance(error, OSError) else error.__context__
-        if isinstance(cause, FileNotFoundError) or not isinstance(cause, OSError):
+        missing = isinstance(cause, FileNotFoundError)
+        if not isinstance(cause, OSError) or missing and os.path.exists(args.out_dir or "."):
             raise
         sys.exit(f"error: {cause}")
     except KeyboardInterrupt:

@@ -239,7 +239,10 @@ def load_images(args):
         socket.setdefaulttimeout(10)  # seconds, so that no download hangs
         try:
             source(args.data_dir, download=True)
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
+        except (OSError, RuntimeError, ValueError, EOFError, AssertionError) as error:
+            raw = Path(args.data_dir, source.__name__, "raw")
+            if len(list(raw.glob("*-ubyte"))) == 4:  # all are there, so this was no download
+                sys.exit(f"error: the files in {raw} are damaged: delete them")
             reason = " ".join(str(error).split()[-9:])  # the end of several lines
             reason = f"no {source.__name__} in {args.data_dir}, and no download: {reason}"
             # Never replace what the user named. Several processes must train on the same set.
@@ -325,8 +328,8 @@ def progress(batches, sums, history, args):
 
 
 def save(state, history, args):
-    """Writes metrics.csv, and replaces checkpoint.pt in one step: a kill or a full disk leaves the
-    old one or the new one. Ends the program if a metric is not finite."""
+    """Writes args.json and metrics.csv, and replaces checkpoint.pt in one step: a kill or a full disk
+    leaves the old one or the new one. Ends the program if a metric is not finite."""
     if not all(map(math.isfinite, history[-1].values())):
         sys.exit(f"error: not finite, so not saved: lower --lr: {history[-1]}")
 
@@ -335,6 +338,7 @@ def save(state, history, args):
     # weights_only=True requires plain values. argparse makes paths of strings again.
     checkpoint = json.dumps({"script": NAME, "args": flags, "metrics": history}, default=os.fspath)
     checkpoint = json.loads(checkpoint)
+    (args.out_dir / "args.json").write_text(json.dumps(checkpoint["args"], indent=4))
     with open(args.out_dir / "metrics.csv", "w") as file:
         writer = csv.DictWriter(
             file,
@@ -441,9 +445,11 @@ def main():
     try:
         run(args, checkpoint)
     except (OSError, RuntimeError) as error:
-        # The disk is full, which torch.save reports as a RuntimeError, or cannot be written.
+        # The run's folder cannot be written, is gone, or the disk is full, which torch.save reports
+        # as a RuntimeError.
         cause = error if isinstance(error, OSError) else error.__context__
-        if isinstance(cause, FileNotFoundError) or not isinstance(cause, OSError):
+        missing = isinstance(cause, FileNotFoundError)
+        if not isinstance(cause, OSError) or missing and os.path.exists(args.out_dir or "."):
             raise
         sys.exit(f"error: {cause}")
     except KeyboardInterrupt:

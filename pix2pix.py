@@ -28,7 +28,6 @@ Differences from the paper:
 
 import argparse
 import csv
-import glob
 import gzip
 import itertools
 import json
@@ -39,8 +38,9 @@ import tarfile
 import tempfile
 import urllib.request
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from time import perf_counter
@@ -199,6 +199,9 @@ def train(args, checkpoint):
         real = torch.stack(source_and_target(pairs[:32], args), 1).flatten(0, 1)
         save_grid(real, samples / "real.png")
         print(f"{len(pairs) * WORLD_SIZE:,} pairs of {args.dataset}, {steps:,} steps per epoch")
+        if steps * args.epochs < 2000:
+            enough = math.ceil(4000 / steps)
+            print(f"so few steps give little more than noise: --epochs {enough} makes 4,000")
         print(f"on {device.type}, writing to {args.out_dir}", flush=True)
 
     for epoch in range(len(history) + 1, args.epochs + 1):
@@ -303,10 +306,11 @@ def sample(args, checkpoint):
         download(args)
         pairs, names = load_pairs(args, train=False)
     else:
-        names = list_files(folder)
         if os.path.isfile(folder):
             names = [folder.name]
             folder = folder.parent
+        else:
+            names = list_files(folder)
         # Pairs of an image with itself, so that the sources are made as in training.
         pairs, names = read_pairs([folder, folder], names[: args.num_samples], args.image_size)
 
@@ -397,7 +401,8 @@ def find_pairs(folder, train):
     split = "val" if os.path.isdir(folder / "val") else "test"
     sides = ["A", "B"] if apart else ["train" if train else split]
     sides = [folder / side for side in sides]
-    names = sorted({name for side in sides for name in list_files(side)})
+    names = {name for side in sides if side.is_dir() for name in list_files(side)}
+    names = sorted(names - {"Thumbs.db"})  # Windows' own
     nested = any(os.sep in name for name in names)
     if not names or nested or apart == os.path.isdir(folder / "train"):
         sys.exit(
@@ -418,18 +423,23 @@ def read_pairs(sides, names, size):
     file = tempfile.TemporaryFile()
     kept = []
     square = None
+    skipped = Counter()  # by suffix
     paths = [[side / name for side in sides] for name in names]
     pool = ThreadPoolExecutor()
     try:
         for name, (pair, note) in zip(names, pool.map(read_pair, paths, itertools.repeat(size))):
             if pair is None:
-                print(f"skipped {note}", file=sys.stderr)
+                skipped[Path(name).suffix] += 1
+                if skipped.total() <= 5:
+                    print(f"skipped {note}", file=sys.stderr)
                 continue
             square = square or note
             file.write(pair.numpy().tobytes())
             kept.append(name)
     finally:
         pool.shutdown(cancel_futures=True)
+    if skipped.total() > 5:
+        print("skipped in all, by suffix:", dict(skipped), file=sys.stderr)
     if not kept:
         sys.exit(f"error: {sides[0]} has no images, or fewer than there are processes")
     if square:
@@ -439,9 +449,20 @@ def read_pairs(sides, names, size):
 
 
 def list_files(folder):
-    """Returns the names of all files below `folder`, in order, without hidden files."""
-    names = sorted(glob.glob("**", root_dir=folder, recursive=True))
-    return [name for name in names if (folder / name).is_file() and "Thumbs.db" not in name]
+    """Returns the names of all files below `folder`, relative to it and sorted, without hidden
+    ones. A folder counts once, however many links lead to it. One that cannot be read is named."""
+    if not os.path.isdir(folder):
+        sys.exit(f"error: {folder} does not exist, or is no folder")
+    names = []
+    seen = set()
+    skip = partial(print, "skipped", file=sys.stderr)
+    for parent, folders, files in os.walk(folder, onerror=skip, followlinks=True):
+        real = os.path.realpath(parent)
+        for entries in (folders, files):
+            entries[:] = [name for name in entries if name[0] != "." and real not in seen]
+        seen.add(real)
+        names += [os.path.relpath(os.path.join(parent, name), folder) for name in files]
+    return sorted(names)
 
 
 def read_pair(paths, size):
@@ -555,8 +576,9 @@ def progress(batches, sums, history, args):
 
 
 def save(state, history, args):
-    """Writes metrics.csv and, every --save-every epochs, replaces checkpoint.pt in one step: a kill
-    or a full disk leaves the old one or the new one. Ends the program if a metric is not finite."""
+    """Writes args.json, metrics.csv and, every --save-every epochs, replaces checkpoint.pt in one
+    step: a kill or a full disk leaves the old one or the new one. Ends the program if a metric is
+    not finite."""
     if not all(map(math.isfinite, history[-1].values())):
         sys.exit(f"error: not finite, so not saved: lower --lr: {history[-1]}")
 
@@ -565,6 +587,7 @@ def save(state, history, args):
     # weights_only=True requires plain values. argparse makes paths of strings again.
     checkpoint = json.dumps({"script": NAME, "args": flags, "metrics": history}, default=os.fspath)
     checkpoint = json.loads(checkpoint)
+    (args.out_dir / "args.json").write_text(json.dumps(checkpoint["args"], indent=4))
     with open(args.out_dir / "metrics.csv", "w") as file:
         writer = csv.DictWriter(
             file,
@@ -685,9 +708,11 @@ def main():
     try:
         run(args, checkpoint)
     except (OSError, RuntimeError) as error:
-        # The disk is full, which torch.save reports as a RuntimeError, or cannot be written.
+        # The run's folder cannot be written, is gone, or the disk is full, which torch.save reports
+        # as a RuntimeError.
         cause = error if isinstance(error, OSError) else error.__context__
-        if isinstance(cause, FileNotFoundError) or not isinstance(cause, OSError):
+        missing = isinstance(cause, FileNotFoundError)
+        if not isinstance(cause, OSError) or missing and os.path.exists(args.out_dir or "."):
             raise
         sys.exit(f"error: {cause}")
     except KeyboardInterrupt:

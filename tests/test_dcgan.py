@@ -5,6 +5,7 @@ import os
 import time
 import tracemalloc
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import conftest
@@ -278,6 +279,61 @@ def test_images_of_a_folder_are_as_they_are_seen(channels, album, capfd):
     assert [line.split(": ")[0] for line in lines] == [f"skipped {album / name}" for name in bad]
 
 
+NAMED = ["F", "I", "LAB"]
+SHOWN = ["1", "CMYK", "I;16", "I;16B", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "YCbCr"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", NAMED + SHOWN)
+def test_grays_of_every_mode_are_right_or_the_file_is_named(mode, channels, tmp_path, capsys):
+    """Of all modes in which Pillow opens files, beside a file of mode L."""
+    gray = Image.fromarray(np.repeat(np.uint8([[0, 100, 255]]), 8, 1)).resize((24, 24))
+    image = Image.new(mode, gray.size) if mode == "LAB" else gray.convert(mode)
+    if mode.startswith("I;16"):
+        wide = np.asarray(gray) * np.uint16(257)
+        image = Image.frombytes(mode, gray.size, wide.astype(">u2" if "B" in mode else "<u2"))
+    image.save(tmp_path / "a.tif")
+    gray.save(tmp_path / "b.png")
+    a, *b = read(tmp_path, "--image-size", 24, "--channels", channels).float()
+    assert len(b) == (mode not in NAMED)
+    assert capsys.readouterr().err.count("agreed black and white") == (mode in NAMED)
+    for image in (a, *b):
+        grays = image.unflatten(2, (3, 8)).mean((0, 1, 3))  # mode 1 has dots of black and white
+        torch.testing.assert_close(grays, torch.tensor([0.0, 100, 255]), rtol=0, atol=3)
+
+
+def test_each_folder_counts_once_and_what_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
+    """However many links lead to it or back. One to elsewhere is followed."""
+    for folder in ("photos/deep", "photos/locked", "photos/.hidden", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("L", (1, 1)).save(tmp_path / folder / "image.png")
+    photos = tmp_path / "photos"
+    (photos / "again").symlink_to(".")
+    (photos / "deep" / "back").symlink_to("..")
+    (photos / "linked").symlink_to("../elsewhere")
+    (photos / "nowhere").symlink_to("gone")
+    scandir = os.scandir
+
+    def refuse(folder):  # also where the tests are run by root, who may read all
+        if Path(folder).name == "locked":
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert len(read(photos)) == 2
+    locked, nowhere = capsys.readouterr().err.splitlines()
+    assert locked == f"skipped [Errno 13] Permission denied: '{photos}/locked'"
+    assert nowhere.startswith(f"skipped {photos}/nowhere: ")
+
+
+def test_many_files_that_are_no_images_are_five_lines_and_a_total(many, capsys):
+    for n in range(1000):
+        (many / f"{n}.heic").write_text("")
+    assert len(read(many)) == 200
+    *lines, total = capsys.readouterr().err.splitlines()
+    assert len(lines) == 5 and total == "skipped in all, by suffix: {'.heic': 1000}"
+
+
 @pytest.mark.parametrize("size", [(1, 1), (20000, 1), (1, 20000)])
 def test_images_of_any_shape_are_read(size, tmp_path):
     Image.new("RGB", size, (9, 8, 7)).save(tmp_path / "thin.png")
@@ -323,7 +379,7 @@ SYNTHETIC = "--dataset synthetic"
 REFUSED = [
     (".hidden.png", FOLDER, "has no images"),
     ("notes.txt", FOLDER, "has no images"),
-    ("notes.txt", f"{FOLDER} --data-dir /missing", "--data-dir /missing does not exist"),
+    ("notes.txt", f"{FOLDER} --data-dir /missing", "/missing does not exist"),
     ("notes.txt", f"{SYNTHETIC} --image-size 24", "digits need --image-size 28 or more"),
 ]
 

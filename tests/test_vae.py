@@ -272,7 +272,7 @@ def test_autoencoder_decodes_the_mean_and_has_no_kl(twin):
 def test_autoencoder_has_no_samples_and_no_manifold(data_dir, tmp_path):
     words = ["--epochs", 1, "--autoencoder", "--latent-dim", 2]
     out = train(data_dir, tmp_path / "run", *words)
-    names = ["checkpoint.pt", "metrics.csv", "reconstructions", "samples"]
+    names = ["args.json", "checkpoint.pt", "metrics.csv", "reconstructions", "samples"]
     assert sorted(os.listdir(out)) == names and os.listdir(out / "samples") == ["real.png"]
 
 
