@@ -3,7 +3,8 @@
     python tests/benchmark.py speed [vae gan dcgan pix2pix]
         images/s of a script's training loop and of a plain one, in turn
     python tests/benchmark.py gpu [vae gan ...]
-        three epochs on a CUDA GPU, with and without --bf16 and --compile
+        images/s and peak memory of each command on a CUDA GPU, and the share of the GPU's matmul
+        rate that its networks reach: plain, with --bf16, with --compile, and with both
     python tests/benchmark.py torchrun [vae gan ...]
         images/s of one process, and of one process for each core
     python tests/benchmark.py quality FOLDER [FOLDER ...]
@@ -20,7 +21,7 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -32,6 +33,7 @@ from torch import nn
 from torch.optim import Adam, AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import MNIST
 from torchvision.transforms import Compose, Normalize, Pad, ToTensor, v2
 from torchvision.transforms.functional import pil_to_tensor
@@ -60,13 +62,19 @@ class Measured(Exception):
     """Ends a loop, with its steps per second."""
 
 
+def now():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return perf_counter()
+
+
 def timed(batches, args):
     """Yields args.steps batches, after a third as many to warm up. Then raises Measured."""
     batches = iter(batches)
     yield from islice(batches, args.steps // 3)
-    began = perf_counter()
+    began = now()
     yield from islice(batches, args.steps)
-    raise Measured(args.steps / (perf_counter() - began))
+    raise Measured(args.steps / (now() - began))
 
 
 # The plain loops of `speed` are those of public code: float32, a DataLoader that transforms image
@@ -144,9 +152,17 @@ def adversarial(generator, discriminator, batches, args):
         minimize(loss_g, optimizer_g)
 
 
-def own(script, args):
-    """The loop of the script."""
-    script.progress = lambda batches, *_: timed(batches, args)
+def own(script, args, counter=None):
+    """The loop of the script. The counter counts the operations of a step."""
+
+    def progress(batches, *_):
+        batches = cycle(batches)
+        if counter:
+            with counter:
+                yield next(batches)
+        yield from timed(batches, args)
+
+    script.progress = progress
     with TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         args.out_dir = Path(folder)
         script.train(args, None)
@@ -206,15 +222,39 @@ def commands(args, flags, ways):
         row(*cells)
 
 
+def matmul_rate(dtype):
+    """Returns the operations per second of a product of large matrices."""
+    torch.set_float32_matmul_precision("high")
+    x = torch.randn(8192, 8192, device="cuda", dtype=dtype)
+    for _ in range(2):  # the first is for warming up
+        began = now()
+        for _ in range(20):
+            x @ x
+        rate = 20 * 2 * 8192**3 / (now() - began)
+    return rate
+
+
 def gpu(args):
     assert torch.cuda.is_available(), "this table is of a CUDA GPU, and there is none"
-    ways = {
-        "float32": "{} {}",
-        "bf16": "{} {} --bf16",
-        "compiled": "{} {} --compile",
-        "both": "{} {} --bf16 --compile",
-    }
-    commands(args, dict.fromkeys(FLAGS, "--cuda --epochs 3"), ways)
+    tell(torch.cuda.get_device_name(), torch.__version__)
+    table("command", "images/s", "peak memory, GiB", "of the matmul rate")
+    operations = {}  # of a step
+    for way in ("--cuda", "--cuda --bf16", "--cuda --compile", "--cuda --bf16 --compile"):
+        peak = matmul_rate(torch.bfloat16 if "bf16" in way else torch.float32)
+        for name in args.what:
+            script = globals()[name]
+            settings = script.parse_args([*way.split(), "--data-dir", args.data_dir])[0]
+            settings.steps = 300
+            counter = None if settings.compile else FlopCounterMode(display=False)
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            images = rate(partial(own, script, counter=counter), settings)
+            if counter:
+                operations[name] = counter.get_total_flops()
+            memory = torch.cuda.max_memory_allocated() / 2**30
+            share = operations[name] * images / settings.batch_size / peak
+            row(f"`{name}.py {way}`", f"{images:,.0f}", f"{memory:.2f}", f"{share:.1%}")
 
 
 FLAGS = {
