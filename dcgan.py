@@ -8,8 +8,8 @@ Convolutional Generative Adversarial Networks" (2016, arXiv:1511.06434).
     python dcgan.py --sample runs/dcgan --num-samples 10000    write images
     python dcgan.py --sample runs/dcgan --interpolate 8        walk from image to image
 
-Writes to runs/dcgan: checkpoint.pt, metrics.csv, samples/real.png with training images, and
-samples/epoch_0001.png, ... with images from the same noise after every epoch.
+Writes to runs/dcgan: checkpoint.pt, metrics.csv, args.json, samples/real.png with training images,
+and samples/epoch_0001.png, ... with images from the same noise after every epoch.
 
 Differences from the paper:
 1. The depth follows the image size b * 2**k, with b from 4 to 7: k levels of stride 2 from b x b,
@@ -176,7 +176,7 @@ def train(args, checkpoint):
         print(f"{len(images) * WORLD_SIZE:,} images of {args.dataset}, {steps:,} steps per epoch")
         if steps * args.epochs < 2000:
             enough = math.ceil(4000 / steps)
-            print(f"so few steps give little more than noise: --epochs {enough} makes 4,000")
+            print(f"few steps, so expect blurs: --epochs {enough} makes 4,000")
         print(f"on {device.type}, writing to {args.out_dir}", flush=True)
 
     for epoch in range(len(history) + 1, args.epochs + 1):

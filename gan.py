@@ -7,8 +7,8 @@
     python gan.py --sample runs/gan --num-samples 10000      write images
     python gan.py --sample runs/gan --interpolate 8          walk from image to image
 
-Writes to runs/gan: checkpoint.pt, metrics.csv, samples/real.png with training images, and
-samples/epoch_0001.png, ... with images from the same noise after every epoch.
+Writes to runs/gan: checkpoint.pt, metrics.csv, args.json, samples/real.png with training images,
+and samples/epoch_0001.png, ... with images from the same noise after every epoch.
 
 Differences from the paper:
 1. G is 100-256-512-1024-784 with BatchNorm, LeakyReLU and tanh, not ReLU and sigmoid; D is

@@ -11,9 +11,9 @@ Networks" (2017, arXiv:1611.07004).
 A folder of pairs has train/ and val/ (or test/) with files that hold A and B side by side, or A/
 and B/ with files of equal names. Then every tenth pair is held out.
 
-Writes to runs/pix2pix: checkpoint.pt every 5 epochs, metrics.csv, samples/real.png with sources and
-targets of the training set, and samples/epoch_0001.png, ... with source, output and target of the
-same held-out pairs after every epoch.
+Writes to runs/pix2pix: checkpoint.pt every 5 epochs, metrics.csv, args.json, samples/real.png with
+sources and targets of the training set, and samples/epoch_0001.png, ... with source, output and
+target of the same held-out pairs after every epoch.
 
 Differences from the paper:
 1. InstanceNorm, not BatchNorm. At the paper's batch size of 1 they are the same, and at any other
@@ -201,7 +201,7 @@ def train(args, checkpoint):
         print(f"{len(pairs) * WORLD_SIZE:,} pairs of {args.dataset}, {steps:,} steps per epoch")
         if steps * args.epochs < 2000:
             enough = math.ceil(4000 / steps)
-            print(f"so few steps give little more than noise: --epochs {enough} makes 4,000")
+            print(f"few steps, so expect blurs: --epochs {enough} makes 4,000")
         print(f"on {device.type}, writing to {args.out_dir}", flush=True)
 
     for epoch in range(len(history) + 1, args.epochs + 1):

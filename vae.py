@@ -10,9 +10,9 @@ arXiv:1312.6114), and its deterministic twin, the autoencoder.
     python vae.py --sample runs/vae --interpolate 8          walk from image to image
     python vae.py --eval runs/vae                            print a tighter bound on log p(x)
 
-Writes to runs/vae: checkpoint.pt, metrics.csv, samples/real.png with training images, and after
-every epoch samples/epoch_0001.png, ... with images from the same noise, and reconstructions/ with
-held-out images above their reconstructions. The metrics are the negative ELBO and its two terms, in
+Writes to runs/vae: checkpoint.pt, metrics.csv, args.json, samples/real.png with training images, and
+after every epoch samples/epoch_0001.png, ... with images from the same noise, and reconstructions/
+with held-out images above their reconstructions. The metrics are the negative ELBO and its two terms, in
 nats per image, with weight 1 for the KL. An autoencoder has no KL and draws no samples.
 
 Differences from the paper:
