@@ -445,8 +445,8 @@ def progress(batches, sums, history, args):
 
 
 def save(state, history, args):
-    """Writes args.json and metrics.csv, and replaces checkpoint.pt in one step: a kill or a full disk
-    leaves the old one or the new one. Ends the program if a metric is not finite."""
+    """Writes args.json and metrics.csv, and replaces checkpoint.pt in one step: a kill or a full
+    disk leaves the old one or the new one. Ends the program if a metric is not finite."""
     if not all(map(math.isfinite, history[-1].values())):
         sys.exit(f"error: not finite, so not saved: lower --lr: {history[-1]}")
 

@@ -10,10 +10,11 @@ arXiv:1312.6114), and its deterministic twin, the autoencoder.
     python vae.py --sample runs/vae --interpolate 8          walk from image to image
     python vae.py --eval runs/vae                            print a tighter bound on log p(x)
 
-Writes to runs/vae: checkpoint.pt, metrics.csv, args.json, samples/real.png with training images, and
-after every epoch samples/epoch_0001.png, ... with images from the same noise, and reconstructions/
-with held-out images above their reconstructions. The metrics are the negative ELBO and its two terms, in
-nats per image, with weight 1 for the KL. An autoencoder has no KL and draws no samples.
+Writes to runs/vae: checkpoint.pt, metrics.csv, args.json, samples/real.png with training images,
+and after every epoch samples/epoch_0001.png, ... with images from the same noise, and
+reconstructions/ with held-out images above their reconstructions. The metrics are the negative ELBO
+and its two terms, in nats per image, with weight 1 for the KL. An autoencoder has no KL and draws
+no samples.
 
 Differences from the paper:
 1. The learning rate makes one cycle, up to five times --lr and down to 0 (Smith & Topin 2018,
@@ -399,8 +400,8 @@ def progress(batches, sums, history, args):
 
 
 def save(state, history, args):
-    """Writes args.json and metrics.csv, and replaces checkpoint.pt in one step: a kill or a full disk
-    leaves the old one or the new one. Ends the program if a metric is not finite."""
+    """Writes args.json and metrics.csv, and replaces checkpoint.pt in one step: a kill or a full
+    disk leaves the old one or the new one. Ends the program if a metric is not finite."""
     if not all(map(math.isfinite, history[-1].values())):
         sys.exit(f"error: not finite, so not saved: lower --lr: {history[-1]}")
 
