@@ -15,6 +15,8 @@ from pathlib import Path
 
 # The networks are tiny: threads cost more than they save.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# So that asking for a GPU does not begin CUDA in a process that is forked afterwards.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import pytest
 import torch

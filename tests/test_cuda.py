@@ -1,5 +1,6 @@
 """Every script on a CUDA GPU. Skipped where there is none."""
 
+import gc
 import re
 import shutil
 import signal
@@ -58,14 +59,14 @@ def test_three_steps_have_the_losses_of_the_cpu(
 
 @pytest.mark.parametrize("words", ["--bf16", "--compile", "--bf16 --compile"])
 def test_whole_runs_as_a_user_starts_them(words, flags, tmp_path):
-    """All four at once, as compilation takes half a minute. They are like those without."""
+    """All four at once, as compilation takes half a minute."""
     running = {}
     for name in SCRIPTS:
         command = [sys.executable, ROOT / f"{name}.py", "--cuda", "--epochs", "2", *flags[name]]
         command += ["--out-dir", tmp_path / name, *words.split()]
-        running[name] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        running[name] = subprocess.Popen(command)
     for name, process in running.items():
-        assert "error" not in process.communicate()[1] and process.returncode == 0
+        assert process.wait() == 0
         assert len(load(tmp_path / name)["metrics"]) == 2
 
 
@@ -149,6 +150,7 @@ def test_images_stay_on_the_host_if_they_need_half_of_the_memory(
 
     def save_and_look(*args):
         save(*args)
+        gc.collect()  # what an earlier run has left
         used.append(torch.cuda.memory_allocated())
 
     monkeypatch.setattr(script, "save", save_and_look)
