@@ -462,7 +462,8 @@ def list_files(folder):
             entries[:] = [name for name in entries if name[0] != "." and real not in seen]
         seen.add(real)
         names += [os.path.relpath(os.path.join(parent, name), folder) for name in files]
-    return sorted(names)
+    # Opening a named pipe would wait forever.
+    return sorted(name for name in names if not Path(folder, name).is_fifo())
 
 
 def read_pair(paths, size):

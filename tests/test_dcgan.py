@@ -312,6 +312,7 @@ def test_each_folder_counts_once_and_what_cannot_be_read_is_named(tmp_path, monk
     (photos / "deep" / "back").symlink_to("..")
     (photos / "linked").symlink_to("../elsewhere")
     (photos / "nowhere").symlink_to("gone")
+    os.mkfifo(photos / "pipe")
     scandir = os.scandir
 
     def refuse(folder):  # also where the tests are run by root, who may read all
