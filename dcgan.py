@@ -176,7 +176,7 @@ def train(args, checkpoint):
         print(f"{len(images) * WORLD_SIZE:,} images of {args.dataset}, {steps:,} steps per epoch")
         if steps * args.epochs < 2000:
             enough = math.ceil(4000 / steps)
-            print(f"few steps, so expect blurs: --epochs {enough} makes 4,000")
+            print(f"few steps, so expect blurry images: --epochs {enough} makes 4,000")
         print(f"on {device.type}, writing to {args.out_dir}", flush=True)
 
     for epoch in range(len(history) + 1, args.epochs + 1):
@@ -285,8 +285,8 @@ def load_images(args):
             source(args.data_dir, download=True)
         except (OSError, RuntimeError, ValueError, EOFError, AssertionError) as error:
             raw = Path(args.data_dir, source.__name__, "raw")
-            if len(list(raw.glob("*-ubyte"))) == 4:  # all are there, so this was no download
-                sys.exit(f"error: the files in {raw} are damaged: delete them")
+            if len(list(raw.glob("*-ubyte"))) == 4:  # all exist, so the download did not fail
+                sys.exit(f"error: {raw} cannot be read: delete it if damaged: {error!r:.99}")
             reason = " ".join(str(error).split()[-9:])  # the end of several lines
             reason = f"no {source.__name__} in {args.data_dir}, and no download: {reason}"
             # Never replace what the user named. Several processes must train on the same set.
@@ -334,7 +334,7 @@ def read_folder(folder, args):
     finally:
         pool.shutdown(cancel_futures=True)
     if skipped.total() > 5:
-        print("skipped in all, by suffix:", dict(skipped), file=sys.stderr)
+        print("skipped files by suffix:", dict(skipped), file=sys.stderr)
     if WORLD_SIZE > 1:  # another process may have skipped more files
         counts *= WORLD_SIZE
         dist.all_gather_object(counts, counts[0])
@@ -348,18 +348,19 @@ def list_files(folder):
     """Returns the names of all files below `folder`, relative to it and sorted, without hidden
     ones. A folder counts once, however many links lead to it. One that cannot be read is named."""
     if not os.path.isdir(folder):
-        sys.exit(f"error: {folder} does not exist, or is no folder")
+        sys.exit(f"error: {folder} does not exist or is not a folder")
     names = []
     seen = set()
     skip = partial(print, "skipped", file=sys.stderr)
     for parent, folders, files in os.walk(folder, onerror=skip, followlinks=True):
         real = os.path.realpath(parent)
         for entries in (folders, files):
-            entries[:] = [name for name in entries if name[0] != "." and real not in seen]
+            entries[:] = sorted(e for e in entries if e[0] != "." and real not in seen)
         seen.add(real)
-        names += [os.path.relpath(os.path.join(parent, name), folder) for name in files]
-    # Opening a named pipe would wait forever.
-    return sorted(name for name in names if not Path(folder, name).is_fifo())
+        paths = [os.path.join(parent, name) for name in files]
+        # Not devices and pipes, but what is missing or locked: its reader names it.
+        names += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]
+    return sorted(os.path.relpath(name, folder) for name in names)
 
 
 def read_image(path, args):
@@ -577,8 +578,8 @@ def main():
         # The run's folder cannot be written, is gone, or the disk is full, which torch.save reports
         # as a RuntimeError.
         cause = error if isinstance(error, OSError) else error.__context__
-        missing = isinstance(cause, FileNotFoundError)
-        if not isinstance(cause, OSError) or missing and os.path.exists(args.out_dir or "."):
+        ours = str(args.out_dir) in str(getattr(cause, "filename", None))
+        if not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError) and not ours:
             raise
         sys.exit(f"error: {cause}")
     except KeyboardInterrupt:

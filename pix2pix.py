@@ -196,12 +196,12 @@ def train(args, checkpoint):
         samples = args.out_dir / "samples"
         # A second run that was started together with this one ends here.
         samples.mkdir(parents=True, exist_ok=bool(checkpoint))
-        real = torch.stack(source_and_target(pairs[:32], args), 1).flatten(0, 1)
+        real = torch.stack(source_and_target(pairs[:32].cpu(), args), 1).flatten(0, 1)
         save_grid(real, samples / "real.png")
         print(f"{len(pairs) * WORLD_SIZE:,} pairs of {args.dataset}, {steps:,} steps per epoch")
         if steps * args.epochs < 2000:
             enough = math.ceil(4000 / steps)
-            print(f"few steps, so expect blurs: --epochs {enough} makes 4,000")
+            print(f"few steps, so expect blurry images: --epochs {enough} makes 4,000")
         print(f"on {device.type}, writing to {args.out_dir}", flush=True)
 
     for epoch in range(len(history) + 1, args.epochs + 1):
@@ -439,7 +439,7 @@ def read_pairs(sides, names, size):
     finally:
         pool.shutdown(cancel_futures=True)
     if skipped.total() > 5:
-        print("skipped in all, by suffix:", dict(skipped), file=sys.stderr)
+        print("skipped files by suffix:", dict(skipped), file=sys.stderr)
     if not kept:
         sys.exit(f"error: {sides[0]} has no images, or fewer than there are processes")
     if square:
@@ -452,18 +452,19 @@ def list_files(folder):
     """Returns the names of all files below `folder`, relative to it and sorted, without hidden
     ones. A folder counts once, however many links lead to it. One that cannot be read is named."""
     if not os.path.isdir(folder):
-        sys.exit(f"error: {folder} does not exist, or is no folder")
+        sys.exit(f"error: {folder} does not exist or is not a folder")
     names = []
     seen = set()
     skip = partial(print, "skipped", file=sys.stderr)
     for parent, folders, files in os.walk(folder, onerror=skip, followlinks=True):
         real = os.path.realpath(parent)
         for entries in (folders, files):
-            entries[:] = [name for name in entries if name[0] != "." and real not in seen]
+            entries[:] = sorted(e for e in entries if e[0] != "." and real not in seen)
         seen.add(real)
-        names += [os.path.relpath(os.path.join(parent, name), folder) for name in files]
-    # Opening a named pipe would wait forever.
-    return sorted(name for name in names if not Path(folder, name).is_fifo())
+        paths = [os.path.join(parent, name) for name in files]
+        # Not devices and pipes, but what is missing or locked: its reader names it.
+        names += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]
+    return sorted(os.path.relpath(name, folder) for name in names)
 
 
 def read_pair(paths, size):
@@ -712,8 +713,8 @@ def main():
         # The run's folder cannot be written, is gone, or the disk is full, which torch.save reports
         # as a RuntimeError.
         cause = error if isinstance(error, OSError) else error.__context__
-        missing = isinstance(cause, FileNotFoundError)
-        if not isinstance(cause, OSError) or missing and os.path.exists(args.out_dir or "."):
+        ours = str(args.out_dir) in str(getattr(cause, "filename", None))
+        if not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError) and not ours:
             raise
         sys.exit(f"error: {cause}")
     except KeyboardInterrupt:

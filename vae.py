@@ -311,8 +311,8 @@ def load_images(args):
             source(args.data_dir, train=False)
         except (OSError, RuntimeError, ValueError, EOFError, AssertionError) as error:
             raw = Path(args.data_dir, source.__name__, "raw")
-            if len(list(raw.glob("*-ubyte"))) == 4:  # all are there, so this was no download
-                sys.exit(f"error: the files in {raw} are damaged: delete them")
+            if len(list(raw.glob("*-ubyte"))) == 4:  # all exist, so the download did not fail
+                sys.exit(f"error: {raw} cannot be read: delete it if damaged: {error!r:.99}")
             reason = " ".join(str(error).split()[-9:])  # the end of several lines
             reason = f"no {source.__name__} in {args.data_dir}, and no download: {reason}"
             # Never replace what the user named. Several processes must train on the same set.
@@ -526,8 +526,8 @@ def main():
         # The run's folder cannot be written, is gone, or the disk is full, which torch.save reports
         # as a RuntimeError.
         cause = error if isinstance(error, OSError) else error.__context__
-        missing = isinstance(cause, FileNotFoundError)
-        if not isinstance(cause, OSError) or missing and os.path.exists(args.out_dir or "."):
+        ours = str(args.out_dir) in str(getattr(cause, "filename", None))
+        if not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError) and not ours:
             raise
         sys.exit(f"error: {cause}")
     except KeyboardInterrupt:

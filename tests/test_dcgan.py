@@ -332,7 +332,7 @@ def test_many_files_that_are_no_images_are_five_lines_and_a_total(many, capsys):
         (many / f"{n}.heic").write_text("")
     assert len(read(many)) == 200
     *lines, total = capsys.readouterr().err.splitlines()
-    assert len(lines) == 5 and total == "skipped in all, by suffix: {'.heic': 1000}"
+    assert len(lines) == 5 and total == "skipped files by suffix: {'.heic': 1000}"
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20000, 1), (1, 20000)])
