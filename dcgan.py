@@ -284,15 +284,13 @@ def load_images(args):
         try:
             source(args.data_dir, download=True)
         except (OSError, RuntimeError, ValueError, EOFError, AssertionError) as error:
-            raw = Path(args.data_dir, source.__name__, "raw")
-            if len(list(raw.glob("*-ubyte"))) == 4:  # all exist, so the download did not fail
-                sys.exit(f"error: {raw} cannot be read: delete it if damaged: {error!r:.99}")
-            reason = " ".join(str(error).split()[-9:])  # the end of several lines
-            reason = f"no {source.__name__} in {args.data_dir}, and no download: {reason}"
+            files = Path(args.data_dir, source.__name__, "raw").glob("*-ubyte")
+            damaged = len(list(files)) == 4  # none was missing, so it was not the download
+            problem = "damaged, so delete it" if damaged else "missing, and no download"
+            reason = f"{source.__name__} in {args.data_dir} is {problem}: {error!r:.300}"
             # Never replace what the user named. Several processes must train on the same set.
-            if args.dataset or WORLD_SIZE > 1:
-                site = source.url if source is CIFAR10 else source.mirrors
-                sys.exit(f"error: {reason} from {site}")
+            if damaged or args.dataset or WORLD_SIZE > 1:
+                sys.exit(f"error: {reason} {source.url if source is CIFAR10 else ''}")
             print(f"warning: {reason}: training on synthetic digits", file=sys.stderr)
             args.dataset = "synthetic"
     if WORLD_SIZE > 1:
@@ -347,8 +345,6 @@ def read_folder(folder, args):
 def list_files(folder):
     """Returns the names of all files below `folder`, relative to it and sorted, without hidden
     ones. A folder counts once, however many links lead to it. One that cannot be read is named."""
-    if not os.path.isdir(folder):
-        sys.exit(f"error: {folder} does not exist or is not a folder")
     names = []
     seen = set()
     skip = partial(print, "skipped", file=sys.stderr)
@@ -357,10 +353,8 @@ def list_files(folder):
         for entries in (folders, files):
             entries[:] = sorted(e for e in entries if e[0] != "." and real not in seen)
         seen.add(real)
-        paths = [os.path.join(parent, name) for name in files]
-        # Not devices and pipes, but what is missing or locked: its reader names it.
-        names += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]
-    return sorted(os.path.relpath(name, folder) for name in names)
+        names += [os.path.relpath(os.path.join(parent, name), folder) for name in files]
+    return sorted(names)
 
 
 def read_image(path, args):
@@ -578,7 +572,7 @@ def main():
         # The run's folder cannot be written, is gone, or the disk is full, which torch.save reports
         # as a RuntimeError.
         cause = error if isinstance(error, OSError) else error.__context__
-        ours = str(args.out_dir) in str(getattr(cause, "filename", None))
+        ours = f"{args.out_dir}/" in str(cause)
         if not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError) and not ours:
             raise
         sys.exit(f"error: {cause}")

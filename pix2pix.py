@@ -451,8 +451,6 @@ def read_pairs(sides, names, size):
 def list_files(folder):
     """Returns the names of all files below `folder`, relative to it and sorted, without hidden
     ones. A folder counts once, however many links lead to it. One that cannot be read is named."""
-    if not os.path.isdir(folder):
-        sys.exit(f"error: {folder} does not exist or is not a folder")
     names = []
     seen = set()
     skip = partial(print, "skipped", file=sys.stderr)
@@ -461,10 +459,8 @@ def list_files(folder):
         for entries in (folders, files):
             entries[:] = sorted(e for e in entries if e[0] != "." and real not in seen)
         seen.add(real)
-        paths = [os.path.join(parent, name) for name in files]
-        # Not devices and pipes, but what is missing or locked: its reader names it.
-        names += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]
-    return sorted(os.path.relpath(name, folder) for name in names)
+        names += [os.path.relpath(os.path.join(parent, name), folder) for name in files]
+    return sorted(names)
 
 
 def read_pair(paths, size):
@@ -713,7 +709,7 @@ def main():
         # The run's folder cannot be written, is gone, or the disk is full, which torch.save reports
         # as a RuntimeError.
         cause = error if isinstance(error, OSError) else error.__context__
-        ours = str(args.out_dir) in str(getattr(cause, "filename", None))
+        ours = f"{args.out_dir}/" in str(cause)
         if not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError) and not ours:
             raise
         sys.exit(f"error: {cause}")

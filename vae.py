@@ -310,14 +310,13 @@ def load_images(args):
             source(args.data_dir, download=True)
             source(args.data_dir, train=False)
         except (OSError, RuntimeError, ValueError, EOFError, AssertionError) as error:
-            raw = Path(args.data_dir, source.__name__, "raw")
-            if len(list(raw.glob("*-ubyte"))) == 4:  # all exist, so the download did not fail
-                sys.exit(f"error: {raw} cannot be read: delete it if damaged: {error!r:.99}")
-            reason = " ".join(str(error).split()[-9:])  # the end of several lines
-            reason = f"no {source.__name__} in {args.data_dir}, and no download: {reason}"
+            files = Path(args.data_dir, source.__name__, "raw").glob("*-ubyte")
+            damaged = len(list(files)) == 4  # none was missing, so it was not the download
+            problem = "damaged, so delete it" if damaged else "missing, and no download"
+            reason = f"{source.__name__} in {args.data_dir} is {problem}: {error!r:.300}"
             # Never replace what the user named. Several processes must train on the same set.
-            if args.dataset or WORLD_SIZE > 1:
-                sys.exit(f"error: {reason} from {source.mirrors}")
+            if damaged or args.dataset or WORLD_SIZE > 1:
+                sys.exit(f"error: {reason}")
             print(f"warning: {reason}: training on synthetic digits", file=sys.stderr)
             args.dataset = "synthetic"
     if WORLD_SIZE > 1:
@@ -526,7 +525,7 @@ def main():
         # The run's folder cannot be written, is gone, or the disk is full, which torch.save reports
         # as a RuntimeError.
         cause = error if isinstance(error, OSError) else error.__context__
-        ours = str(args.out_dir) in str(getattr(cause, "filename", None))
+        ours = f"{args.out_dir}/" in str(cause)
         if not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError) and not ours:
             raise
         sys.exit(f"error: {cause}")
