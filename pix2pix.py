@@ -401,7 +401,7 @@ def find_pairs(folder, train):
     split = "val" if os.path.isdir(folder / "val") else "test"
     sides = ["A", "B"] if apart else ["train" if train else split]
     sides = [folder / side for side in sides]
-    names = {name for side in sides if side.is_dir() for name in list_files(side)}
+    names = {name for side in sides for name in list_files(side)}
     names = sorted(names - {"Thumbs.db"})  # Windows' own
     nested = any(os.sep in name for name in names)
     if not names or nested or apart == os.path.isdir(folder / "train"):

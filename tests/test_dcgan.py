@@ -309,6 +309,7 @@ def test_each_folder_counts_once_and_what_cannot_be_read_is_named(tmp_path, monk
         Image.new("L", (1, 1)).save(tmp_path / folder / "image.png")
     photos = tmp_path / "photos"
     (photos / "again").symlink_to(".")
+    (photos / "also").symlink_to("deep")
     (photos / "deep" / "back").symlink_to("..")
     (photos / "linked").symlink_to("../elsewhere")
     (photos / "nowhere").symlink_to("gone")
@@ -323,6 +324,7 @@ def test_each_folder_counts_once_and_what_cannot_be_read_is_named(tmp_path, monk
     monkeypatch.setattr(os, "scandir", refuse)
     assert len(read(photos)) == 2
     locked, nowhere = capsys.readouterr().err.splitlines()
+    assert dcgan.list_files(photos) == ["also/image.png", "linked/image.png", "nowhere"]
     assert locked == f"skipped [Errno 13] Permission denied: '{photos}/locked'"
     assert nowhere.startswith(f"skipped {photos}/nowhere: ")
 
