@@ -13,12 +13,13 @@ and samples/epoch_0001.png, ... with images from the same noise after every epoc
 
 Differences from the paper:
 1. The depth follows the image size b * 2**k, with b from 4 to 7: k levels of stride 2 from b x b,
-   and channels that double up to 16 times --width. At 64 pixels and --width 128, it is figure 1.
+   and channels that double up to 16 times --width. With --image-size 64 --width 128 it is figure 1.
 2. Kernels are 4x4, not 5x5. At stride 2, every output then comes from equally many inputs.
 3. z ~ N(0, I), not uniform.
 4. D ends in a convolution over the whole map, which equals the paper's flattening into one output.
-5. Digits are padded to 32x32, not stretched, and written back at 28x28.
+5. Digits are padded to 32x32, and written back at 28x28.
 6. Samples use BatchNorm in eval mode, so that no image depends on the others.
+7. G's step reuses the fake images of D's step, which saves a forward pass.
 """
 
 import argparse
@@ -170,13 +171,13 @@ def train(args, checkpoint):
     if RANK == 0:
         args.out_dir = args.out_dir or new_folder(f"runs/{NAME}")
         samples = args.out_dir / "samples"
-        # A second run that was started together with this one ends here.
+        # Fails if another new run has just taken this folder.
         samples.mkdir(parents=True, exist_ok=bool(checkpoint))
         save_grid(images[:64] / 127.5 - 1, samples / "real.png")
-        print(f"{len(images) * WORLD_SIZE:,} images of {args.dataset}, {steps:,} steps per epoch")
+        print(f"{args.dataset}: {len(images) * WORLD_SIZE:,} images, {steps:,} steps per epoch")
         if steps * args.epochs < 2000:
             enough = math.ceil(4000 / steps)
-            print(f"few steps, so expect blurry images: --epochs {enough} makes 4,000")
+            print(f"few steps, so expect blurry images: --epochs {enough} makes 4,000 steps")
         print(f"on {device.type}, writing to {args.out_dir}", flush=True)
 
     for epoch in range(len(history) + 1, args.epochs + 1):
@@ -233,7 +234,7 @@ def train(args, checkpoint):
             save(state, history, args)
 
     if RANK == 0:
-        print(f"{len(history)} epochs done, pictures in {samples}")
+        print(f"epoch {len(history)}/{args.epochs} done, pictures in {samples}")
 
 
 def average_gradients(network):
@@ -288,7 +289,7 @@ def load_images(args):
             damaged = len(list(files)) == 4  # none was missing, so it was not the download
             problem = "damaged, so delete it" if damaged else "missing, and no download"
             reason = f"{source.__name__} in {args.data_dir} is {problem}: {error!r:.300}"
-            # Never replace what the user named. Several processes must train on the same set.
+            # Never replace a set the user named. Several processes must train on the same one.
             if damaged or args.dataset or WORLD_SIZE > 1:
                 sys.exit(f"error: {reason} {source.url if source is CIFAR10 else ''}")
             print(f"warning: {reason}: training on synthetic digits", file=sys.stderr)
@@ -337,7 +338,7 @@ def read_folder(folder, args):
         counts *= WORLD_SIZE
         dist.all_gather_object(counts, counts[0])
     if min(counts) == 0:
-        sys.exit(f"error: {folder} has no images, or fewer than there are processes")
+        sys.exit(f"error: {folder} has no readable images, or fewer than processes")
     shape = (min(counts), args.image_size, args.image_size, args.channels or 3)
     return torch.from_numpy(np.memmap(file, mode="c", shape=shape)).permute(0, 3, 1, 2)
 
@@ -446,9 +447,9 @@ def save(state, history, args):
     if not all(map(math.isfinite, history[-1].values())):
         sys.exit(f"error: not finite, so not saved: lower --lr: {history[-1]}")
 
-    # Without the flags of this command only.
+    # Leave out the flags that are for this command only.
     flags = vars(args) | dict.fromkeys(("cuda", "out_dir", "resume", "sample"))
-    # weights_only=True requires plain values. argparse makes paths of strings again.
+    # weights_only=True requires plain values. argparse turns strings into paths again.
     checkpoint = json.dumps({"script": NAME, "args": flags, "metrics": history}, default=os.fspath)
     checkpoint = json.loads(checkpoint)
     (args.out_dir / "args.json").write_text(json.dumps(checkpoint["args"], indent=4))
@@ -498,7 +499,7 @@ def image_size(text):
     """For argparse: 4 to 7 times a power of two, which halving can reach."""
     base, _ = base_and_widths(int(text), 1)
     if int(text) < 8 or not 4 <= base <= 7:
-        raise argparse.ArgumentTypeError("must be 4 to 7 times a power of two: 8, 10, ..., 64, 80")
+        raise argparse.ArgumentTypeError("must be 4 to 7 times a power of two, as 64, 80, 96, 112")
     return int(text)
 
 
@@ -512,7 +513,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     number = {"type": positive, "metavar": "N"}
     switch = {"action": argparse.BooleanOptionalAction, "default": False}
-    add("--epochs", **number, default=25, help="passes over the training set (%(default)s)")
+    add("--epochs", **number, default=25, help="total passes over the training set (%(default)s)")
     add("--batch-size", **number, default=128, help="images per step and process (%(default)s)")
     add("--lr", type=float, default=2e-4, help="Adam's learning rate (%(default)s)")
     add("--seed", type=int, default=0, help="makes CPU runs bit-reproducible (0)")
@@ -523,7 +524,7 @@ def parse_args(argv=None):
     add("--dataset", choices=sets, help="default: mnist, if available")
     where = "where the data sets are, or with --dataset folder your images (data)"
     add("--data-dir", type=os.path.abspath, default="data", help=where)
-    add("--image-size", type=image_size, metavar="N", help="64 for a folder, else 32")
+    add("--image-size", type=image_size, metavar="N", help="default: 64 for a folder, else 32")
     add("--channels", type=int, choices=(1, 3), help="of a folder, 1 for gray (3)")
     add("--latent-dim", **number, default=100, help="size of z (%(default)s)")
     add("--width", **number, default=64, help="channels of the narrowest level (%(default)s)")
@@ -548,7 +549,7 @@ def parse_args(argv=None):
             # What the checkpoint saved becomes the default, so that no flag need be repeated.
             parser.set_defaults(**checkpoint["args"])
         except Exception as error:  # torch.load raises many kinds
-            parser.error(f"{path} is not a checkpoint of {NAME}.py, or damaged: {error!r:.99}")
+            parser.error(f"{path} cannot be read as a checkpoint of {NAME}.py: {error!r:.99}")
         if args.sample or path.name == "checkpoint.pt":
             parser.set_defaults(out_dir=path.parent)
         args = parser.parse_args(argv)
@@ -559,6 +560,8 @@ def parse_args(argv=None):
             parser.error(f"{args.out_dir} is not empty: --resume it, or use another --out-dir")
     if not 0 < args.lr <= 1:
         parser.error("--lr must be above 0 and at most 1")
+    if args.interpolate and not args.sample:
+        parser.error("--interpolate needs --sample")
     args.image_size = args.image_size or (64 if args.dataset == "folder" else 32)
     return args, checkpoint
 
@@ -578,8 +581,10 @@ def main():
         sys.exit(f"error: {cause}")
     except KeyboardInterrupt:
         line = "stopped"
-        if run is train and os.path.exists(f"{args.out_dir}/checkpoint.pt"):
-            line += f"; to continue: python {NAME}.py --resume {args.out_dir}"
+        if run is train:
+            line += " before the first checkpoint"
+            if os.path.exists(f"{args.out_dir}/checkpoint.pt"):
+                line = f"stopped; to continue: python {NAME}.py --resume {args.out_dir}"
         print(f"\n{line}", file=sys.stderr)
         sys.exit(130)
 

@@ -13,7 +13,8 @@ and samples/epoch_0001.png, ... with images from the same noise after every epoc
 Differences from the paper:
 1. G is 100-256-512-1024-784 with BatchNorm, LeakyReLU and tanh, not ReLU and sigmoid; D is
    784-1024-512-256-1 with LeakyReLU and dropout 0.3, not maxout.
-2. Adam at 4e-4 with beta1 0.5, not SGD with momentum; batches of 64, not 100.
+2. Adam at 4e-4 with beta1 0.5, batches of 64 and PyTorch's initial weights. The authors' code has
+   SGD with momentum and a falling rate, batches of 100 and uniform initial weights.
 3. Samples come from a running average of G's weights, because G itself oscillates.
 4. G minimizes -log D(G(z)), which the paper recommends. --saturating restores log(1 - D(G(z))).
 5. G's step reuses the fake images of D's last step, which saves a forward pass.
@@ -128,10 +129,10 @@ def train(args, checkpoint):
     if RANK == 0:
         args.out_dir = args.out_dir or new_folder(f"runs/{NAME}")
         samples = args.out_dir / "samples"
-        # A second run that was started together with this one ends here.
+        # Fails if another new run has just taken this folder.
         samples.mkdir(parents=True, exist_ok=bool(checkpoint))
         save_grid(images[:64], samples / "real.png")
-        print(f"{len(images) * WORLD_SIZE:,} images of {args.dataset}, {steps:,} steps per epoch")
+        print(f"{args.dataset}: {len(images) * WORLD_SIZE:,} images, {steps:,} steps per epoch")
         print(f"on {device.type}, writing to {args.out_dir}", flush=True)
 
     step = len(history) * steps  # steps of G so far
@@ -169,8 +170,9 @@ def train(args, checkpoint):
             optimizer_g.step()
             discriminator.requires_grad_(True)
 
-            # Average G, after Yazici et al. 2019 (arXiv:1806.04498): with these weights over about
-            # the last tenth of its steps, and from step 10,000 on over the last 1,000.
+            # Average G and its BatchNorm statistics, after Yazici et al. 2019 (arXiv:1806.04498):
+            # with this weight over about the last tenth of its steps, and from step 10,000 on over
+            # the last 1,000.
             step += 1
             weight = max(0.001, 10 / (10 + step))
             current = generator.state_dict()
@@ -178,7 +180,7 @@ def train(args, checkpoint):
                 if average.is_floating_point():
                     average.lerp_(current[name], weight)
 
-            # Add up the metrics on the GPU. .item() would wait for it.
+            # Add up the metrics, D's of its last step, on the GPU. .item() would wait for it.
             with torch.no_grad():
                 sums["loss_d"] += loss_d
                 sums["loss_g"] += loss_g
@@ -194,7 +196,7 @@ def train(args, checkpoint):
             save(state, history, args)
 
     if RANK == 0:
-        print(f"{len(history)} epochs done, pictures in {samples}")
+        print(f"epoch {len(history)}/{args.epochs} done, pictures in {samples}")
 
 
 def average_gradients(network):
@@ -244,7 +246,7 @@ def load_images(args):
             damaged = len(list(files)) == 4  # none was missing, so it was not the download
             problem = "damaged, so delete it" if damaged else "missing, and no download"
             reason = f"{source.__name__} in {args.data_dir} is {problem}: {error!r:.300}"
-            # Never replace what the user named. Several processes must train on the same set.
+            # Never replace a set the user named. Several processes must train on the same one.
             if damaged or args.dataset or WORLD_SIZE > 1:
                 sys.exit(f"error: {reason}")
             print(f"warning: {reason}: training on synthetic digits", file=sys.stderr)
@@ -332,9 +334,9 @@ def save(state, history, args):
     if not all(map(math.isfinite, history[-1].values())):
         sys.exit(f"error: not finite, so not saved: lower --lr: {history[-1]}")
 
-    # Without the flags of this command only.
+    # Leave out the flags that are for this command only.
     flags = vars(args) | dict.fromkeys(("cuda", "out_dir", "resume", "sample"))
-    # weights_only=True requires plain values. argparse makes paths of strings again.
+    # weights_only=True requires plain values. argparse turns strings into paths again.
     checkpoint = json.dumps({"script": NAME, "args": flags, "metrics": history}, default=os.fspath)
     checkpoint = json.loads(checkpoint)
     (args.out_dir / "args.json").write_text(json.dumps(checkpoint["args"], indent=4))
@@ -390,7 +392,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     number = {"type": positive, "metavar": "N"}
     switch = {"action": argparse.BooleanOptionalAction, "default": False}
-    add("--epochs", **number, default=100, help="passes over the training set (%(default)s)")
+    add("--epochs", **number, default=100, help="total passes over the training set (%(default)s)")
     add("--batch-size", **number, default=64, help="images per step and process (%(default)s)")
     add("--lr", type=float, default=4e-4, help="Adam's learning rate (%(default)s)")
     add("--d-steps", **number, default=1, help="k, steps of D per step of G (%(default)s)")
@@ -424,7 +426,7 @@ def parse_args(argv=None):
             # What the checkpoint saved becomes the default, so that no flag need be repeated.
             parser.set_defaults(**checkpoint["args"])
         except Exception as error:  # torch.load raises many kinds
-            parser.error(f"{path} is not a checkpoint of {NAME}.py, or damaged: {error!r:.99}")
+            parser.error(f"{path} cannot be read as a checkpoint of {NAME}.py: {error!r:.99}")
         if args.sample or path.name == "checkpoint.pt":
             parser.set_defaults(out_dir=path.parent)
         args = parser.parse_args(argv)
@@ -435,6 +437,8 @@ def parse_args(argv=None):
             parser.error(f"{args.out_dir} is not empty: --resume it, or use another --out-dir")
     if not 0 < args.lr <= 1:
         parser.error("--lr must be above 0 and at most 1")
+    if args.interpolate and not args.sample:
+        parser.error("--interpolate needs --sample")
     return args, checkpoint
 
 
@@ -453,8 +457,10 @@ def main():
         sys.exit(f"error: {cause}")
     except KeyboardInterrupt:
         line = "stopped"
-        if run is train and os.path.exists(f"{args.out_dir}/checkpoint.pt"):
-            line += f"; to continue: python {NAME}.py --resume {args.out_dir}"
+        if run is train:
+            line += " before the first checkpoint"
+            if os.path.exists(f"{args.out_dir}/checkpoint.pt"):
+                line = f"stopped; to continue: python {NAME}.py --resume {args.out_dir}"
         print(f"\n{line}", file=sys.stderr)
         sys.exit(130)
 

@@ -16,9 +16,9 @@ sources and targets of the training set, and samples/epoch_0001.png, ... with so
 target of the same held-out pairs after every epoch.
 
 Differences from the paper:
-1. InstanceNorm, not BatchNorm. At the paper's batch size of 1 they are the same, and at any other
-   no output depends on its neighbours. The innermost level has none, as in the authors' code,
-   since up to 256 pixels it is a single pixel, which minus its mean is 0.
+1. InstanceNorm, not BatchNorm. At a batch size of 1, the paper's for facades, they are the same,
+   and at any other no output depends on its neighbours. The innermost level has none, as in the
+   authors' code, since up to 256 pixels it is a single pixel, which minus its mean is 0.
 2. Every translation has the same dropout, drawn from --seed. --deterministic turns it off.
 3. The U-Net has a level for each halving of --image-size, at most 8. At 256 it is the paper's.
 4. D always halves an image three times, so at 64 pixels its patches are larger than the image.
@@ -145,8 +145,8 @@ def initialize(layer):
 
 
 def discriminator_loss(real_logits, fake_logits):
-    """Half of -E[log D(x, y)] - E[log(1 - D(x, G(x, z)))], the negative of eq. 1, which D
-    maximizes. Section 3.3 halves it.
+    """(-E[log D(x, y)] - E[log(1 - D(x, G(x, z)))]) / 2: the negative of eq. 1, which D maximizes,
+    halved as in section 3.3.
 
     With D = sigmoid(l), -log D = log(1 + exp(-l)) = softplus(-l) and -log(1 - D) = softplus(l)."""
     return (F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()) / 2
@@ -194,14 +194,14 @@ def train(args, checkpoint):
     if RANK == 0:
         args.out_dir = args.out_dir or new_folder(f"runs/{NAME}")
         samples = args.out_dir / "samples"
-        # A second run that was started together with this one ends here.
+        # Fails if another new run has just taken this folder.
         samples.mkdir(parents=True, exist_ok=bool(checkpoint))
         real = torch.stack(source_and_target(pairs[:32].cpu(), args), 1).flatten(0, 1)
         save_grid(real, samples / "real.png")
-        print(f"{len(pairs) * WORLD_SIZE:,} pairs of {args.dataset}, {steps:,} steps per epoch")
+        print(f"{args.dataset}: {len(pairs) * WORLD_SIZE:,} pairs, {steps:,} steps per epoch")
         if steps * args.epochs < 2000:
             enough = math.ceil(4000 / steps)
-            print(f"few steps, so expect blurry images: --epochs {enough} makes 4,000")
+            print(f"few steps, so expect blurry images: --epochs {enough} makes 4,000 steps")
         print(f"on {device.type}, writing to {args.out_dir}", flush=True)
 
     for epoch in range(len(history) + 1, args.epochs + 1):
@@ -219,8 +219,8 @@ def train(args, checkpoint):
                 batch = torch.stack([jitter(pair) for pair in batch])
             source, target = source_and_target(batch, args)
 
-            # D: minimize half of -log D(x, y) - log(1 - D(x, G(x, z))). fake is detached, since
-            # this step must not change G.
+            # D: minimize (-log D(x, y) - log(1 - D(x, G(x, z)))) / 2. fake is detached, since this
+            # step must not change G.
             with autocast:
                 fake = generator(source)
                 real_logits = discriminator(source, target).float()
@@ -231,7 +231,8 @@ def train(args, checkpoint):
             average_gradients(discriminator)
             optimizer_d.step()
 
-            # G, through the updated D: minimize eq. 4, -log D(x, G(x, z)) + 100 |y - G(x, z)|.
+            # G, through the updated D: minimize -log D(x, G(x, z)) + 100 |y - G(x, z)|, which is
+            # eq. 4 with the non-saturating loss of section 3.3.
             discriminator.requires_grad_(False)
             with autocast:
                 logits = discriminator(source, fake)
@@ -260,7 +261,7 @@ def train(args, checkpoint):
             save(state, history, args)
 
     if RANK == 0:
-        print(f"{len(history)} epochs done, pictures in {samples}")
+        print(f"epoch {len(history)}/{args.epochs} done, pictures in {samples}")
 
 
 def average_gradients(network):
@@ -362,7 +363,7 @@ def download(args):
                     os.replace(Path(part, name), folder)
         except (OSError, EOFError, tarfile.TarError, zlib.error, HTTPException) as error:
             reason = f"no {folder}, and no download: {error}"
-            # Never replace what the user named. Several processes must train on the same set.
+            # Never replace a set the user named. Several processes must train on the same one.
             if args.dataset or WORLD_SIZE > 1:
                 sys.exit(f"error: {reason} from {url}")
             print(f"warning: {reason}: training on synthetic facades", file=sys.stderr)
@@ -441,7 +442,7 @@ def read_pairs(sides, names, size):
     if skipped.total() > 5:
         print("skipped files by suffix:", dict(skipped), file=sys.stderr)
     if not kept:
-        sys.exit(f"error: {sides[0]} has no images, or fewer than there are processes")
+        sys.exit(f"error: none of {len(names)} files in {sides[0]} can be used")
     if square:
         print(f"warning: {square}", file=sys.stderr)
     pairs = np.memmap(file, mode="c", shape=(len(kept), 2, 3, size, size))
@@ -580,9 +581,9 @@ def save(state, history, args):
     if not all(map(math.isfinite, history[-1].values())):
         sys.exit(f"error: not finite, so not saved: lower --lr: {history[-1]}")
 
-    # Without the flags of this command only.
+    # Leave out the flags that are for this command only.
     flags = vars(args) | dict.fromkeys(("cuda", "out_dir", "resume", "sample", "input"))
-    # weights_only=True requires plain values. argparse makes paths of strings again.
+    # weights_only=True requires plain values. argparse turns strings into paths again.
     checkpoint = json.dumps({"script": NAME, "args": flags, "metrics": history}, default=os.fspath)
     checkpoint = json.loads(checkpoint)
     (args.out_dir / "args.json").write_text(json.dumps(checkpoint["args"], indent=4))
@@ -641,7 +642,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     number = {"type": positive, "metavar": "N"}
     switch = {"action": argparse.BooleanOptionalAction, "default": False}
-    add("--epochs", **number, default=200, help="passes over the training set (%(default)s)")
+    add("--epochs", **number, default=200, help="total passes over the training set (%(default)s)")
     add("--decay-epochs", **number, default=0, help="epochs at the end over which --lr falls (0)")
     add("--batch-size", **number, default=1, help="pairs per step and process (%(default)s)")
     add("--lr", type=float, default=2e-4, help="Adam's learning rate (%(default)s)")
@@ -684,7 +685,7 @@ def parse_args(argv=None):
             # What the checkpoint saved becomes the default, so that no flag need be repeated.
             parser.set_defaults(**checkpoint["args"])
         except Exception as error:  # torch.load raises many kinds
-            parser.error(f"{path} is not a checkpoint of {NAME}.py, or damaged: {error!r:.99}")
+            parser.error(f"{path} cannot be read as a checkpoint of {NAME}.py: {error!r:.99}")
         if args.sample or path.name == "checkpoint.pt":
             parser.set_defaults(out_dir=path.parent)
         args = parser.parse_args(argv)
@@ -695,6 +696,8 @@ def parse_args(argv=None):
             parser.error(f"{args.out_dir} is not empty: --resume it, or use another --out-dir")
     if not 0 < args.lr <= 1:
         parser.error("--lr must be above 0 and at most 1")
+    if args.input and not args.sample:
+        parser.error("--input needs --sample")
     if args.direction is None:
         args.direction = "AtoB" if args.dataset in ("maps", "folder") else "BtoA"
     return args, checkpoint
@@ -715,8 +718,10 @@ def main():
         sys.exit(f"error: {cause}")
     except KeyboardInterrupt:
         line = "stopped"
-        if run is train and os.path.exists(f"{args.out_dir}/checkpoint.pt"):
-            line += f"; to continue: python {NAME}.py --resume {args.out_dir}"
+        if run is train:
+            line += " before the first checkpoint"
+            if os.path.exists(f"{args.out_dir}/checkpoint.pt"):
+                line = f"stopped; to continue: python {NAME}.py --resume {args.out_dir}"
         print(f"\n{line}", file=sys.stderr)
         sys.exit(130)
 

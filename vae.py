@@ -17,8 +17,8 @@ and its two terms, in nats per image, with weight 1 for the KL. An autoencoder h
 no samples.
 
 Differences from the paper:
-1. The learning rate makes one cycle, up to five times --lr and down to 0 (Smith & Topin 2018,
-   arXiv:1708.07120). With --constant-lr it is --lr.
+1. The learning rate makes one cycle over all --epochs, from --lr / 5 up to 5 * --lr and down to
+   almost 0 (Smith & Topin 2018, arXiv:1708.07120). With --constant-lr it is --lr.
 2. Adam, not Adagrad; ReLU, not tanh; PyTorch's initial weights; 400 hidden units, not 500; batches
    of 128, not 100, without the last partial one; no weight decay: as in most implementations.
 3. Gray values in [0, 1] are the targets of a Bernoulli likelihood, not binarized. That is no
@@ -139,11 +139,11 @@ def train(args, checkpoint):
         args.out_dir = args.out_dir or new_folder(f"runs/{NAME}")
         samples = args.out_dir / "samples"
         reconstructions = args.out_dir / "reconstructions"
-        # A second run that was started together with this one ends here.
+        # Fails if another new run has just taken this folder.
         samples.mkdir(parents=True, exist_ok=bool(checkpoint))
         reconstructions.mkdir(exist_ok=True)
         save_grid(images[:64], samples / "real.png", value_range=(0, 1))
-        print(f"{len(images) * WORLD_SIZE:,} images of {args.dataset}, {steps:,} steps per epoch")
+        print(f"{args.dataset}: {len(images) * WORLD_SIZE:,} images, {steps:,} steps per epoch")
         print(f"on {device.type}, writing to {args.out_dir}", flush=True)
 
     step = len(history) * steps
@@ -193,7 +193,7 @@ def train(args, checkpoint):
     if RANK == 0:
         if args.latent_dim == 2 and not args.autoencoder:
             draw_manifold(model.eval(), device, args.out_dir / "manifold.png")
-        print(f"{len(history)} epochs done, pictures in {samples}")
+        print(f"epoch {len(history)}/{args.epochs} done, pictures in {samples}")
 
 
 def one_cycle(step, steps, lr):
@@ -314,7 +314,7 @@ def load_images(args):
             damaged = len(list(files)) == 4  # none was missing, so it was not the download
             problem = "damaged, so delete it" if damaged else "missing, and no download"
             reason = f"{source.__name__} in {args.data_dir} is {problem}: {error!r:.300}"
-            # Never replace what the user named. Several processes must train on the same set.
+            # Never replace a set the user named. Several processes must train on the same one.
             if damaged or args.dataset or WORLD_SIZE > 1:
                 sys.exit(f"error: {reason}")
             print(f"warning: {reason}: training on synthetic digits", file=sys.stderr)
@@ -404,9 +404,9 @@ def save(state, history, args):
     if not all(map(math.isfinite, history[-1].values())):
         sys.exit(f"error: not finite, so not saved: lower --lr: {history[-1]}")
 
-    # Without the flags of this command only.
+    # Leave out the flags that are for this command only.
     flags = vars(args) | dict.fromkeys(("cuda", "out_dir", "resume", "sample", "eval"))
-    # weights_only=True requires plain values. argparse makes paths of strings again.
+    # weights_only=True requires plain values. argparse turns strings into paths again.
     checkpoint = json.dumps({"script": NAME, "args": flags, "metrics": history}, default=os.fspath)
     checkpoint = json.loads(checkpoint)
     (args.out_dir / "args.json").write_text(json.dumps(checkpoint["args"], indent=4))
@@ -463,10 +463,10 @@ def parse_args(argv=None):
     add = parser.add_argument
     number = {"type": positive, "metavar": "N"}
     switch = {"action": argparse.BooleanOptionalAction, "default": False}
-    add("--epochs", **number, default=10, help="passes over the training set (%(default)s)")
+    add("--epochs", **number, default=10, help="total passes over the training set (%(default)s)")
     add("--batch-size", **number, default=128, help="images per step and process (%(default)s)")
     add("--lr", type=float, default=1e-3, help="Adam's learning rate (%(default)s)")
-    add("--constant-lr", **switch, help="keep --lr, not a cycle up to 5 times --lr and down to 0")
+    add("--constant-lr", **switch, help="keep --lr: no cycle up to 5 times --lr and down")
     add("--beta", type=float, default=1.0, help="weight of the KL (%(default)s)")
     add("--autoencoder", **switch, help="z is the encoder's mean, and there is no KL")
     add("--seed", type=int, default=0, help="makes CPU runs bit-reproducible (0)")
@@ -500,7 +500,7 @@ def parse_args(argv=None):
             # What the checkpoint saved becomes the default, so that no flag need be repeated.
             parser.set_defaults(**checkpoint["args"])
         except Exception as error:  # torch.load raises many kinds
-            parser.error(f"{path} is not a checkpoint of {NAME}.py, or damaged: {error!r:.99}")
+            parser.error(f"{path} cannot be read as a checkpoint of {NAME}.py: {error!r:.99}")
         if args.sample or path.name == "checkpoint.pt":
             parser.set_defaults(out_dir=path.parent)
         args = parser.parse_args(argv)
@@ -511,8 +511,10 @@ def parse_args(argv=None):
             parser.error(f"{args.out_dir} is not empty: --resume it, or use another --out-dir")
     if not 0 < args.lr <= 1:
         parser.error("--lr must be above 0 and at most 1")
+    if args.interpolate and not args.sample:
+        parser.error("--interpolate needs --sample")
     if args.autoencoder and (args.eval or (args.sample and not args.interpolate)):
-        parser.error("an autoencoder has no p(z): it has --sample with --interpolate alone")
+        parser.error("an autoencoder has no prior: use --sample with --interpolate")
     return args, checkpoint
 
 
@@ -531,8 +533,10 @@ def main():
         sys.exit(f"error: {cause}")
     except KeyboardInterrupt:
         line = "stopped"
-        if run is train and os.path.exists(f"{args.out_dir}/checkpoint.pt"):
-            line += f"; to continue: python {NAME}.py --resume {args.out_dir}"
+        if run is train:
+            line += " before the first checkpoint"
+            if os.path.exists(f"{args.out_dir}/checkpoint.pt"):
+                line = f"stopped; to continue: python {NAME}.py --resume {args.out_dir}"
         print(f"\n{line}", file=sys.stderr)
         sys.exit(130)
 

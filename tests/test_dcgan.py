@@ -117,7 +117,7 @@ def test_image_sizes_that_do_not_work_are_refused(capsys):
             with pytest.raises(SystemExit):
                 parse("--image-size", size)
             err = capsys.readouterr().err
-            assert err.endswith("4 to 7 times a power of two: 8, 10, ..., 64, 80\n")
+            assert err.endswith("4 to 7 times a power of two, as 64, 80, 96, 112\n")
 
 
 def test_defaults_are_the_papers_and_those_of_each_set():
@@ -380,9 +380,9 @@ def test_a_mistake_in_the_code_that_reads_keeps_its_traceback(many, monkeypatch)
 FOLDER = "--dataset folder"
 SYNTHETIC = "--dataset synthetic"
 REFUSED = [
-    (".hidden.png", FOLDER, "has no images"),
-    ("notes.txt", FOLDER, "has no images"),
-    ("notes.txt", f"{FOLDER} --data-dir /missing", "/missing has no images"),
+    (".hidden.png", FOLDER, "has no readable images"),
+    ("notes.txt", FOLDER, "has no readable images"),
+    ("notes.txt", f"{FOLDER} --data-dir /missing", "/missing has no readable images"),
     ("notes.txt", f"{SYNTHETIC} --image-size 24", "digits need --image-size 28 or more"),
 ]
 

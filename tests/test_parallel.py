@@ -92,7 +92,7 @@ def test_one_process_writes_and_speaks(name, pair):
     out, (first, second), _ = pair
     first = first.read("out")
     assert re.findall(r"epoch (\d)/2  100%", first) == ["1", "2"]
-    data = "2 pairs of folder" if name == "pix2pix" else "254 images of mnist"
+    data = "folder: 2 pairs" if name == "pix2pix" else "mnist: 254 images"
     assert first.startswith(f"{data}, 1 steps per epoch\n")
     assert second.read("out") == "" and os.listdir(out.parent.parent / "1") == []
     grids = sorted(path.name for path in (out / "samples").iterdir())

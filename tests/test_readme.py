@@ -102,9 +102,7 @@ def test_command_runs_as_typed(command, done):
     assert [line for line in err.splitlines() if "--cuda" not in line] == []
 
 
-# matplotlib is installed by its recipe alone.
 RECIPES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-RECIPES = [recipe for recipe in RECIPES if "matplotlib" not in recipe]
 
 
 def test_recipes_run_as_they_stand(done, checkout):

@@ -83,12 +83,12 @@ def test_metrics_and_log_have_a_line_an_epoch(name, script, flags, tmp_path, cap
     assert run(script, "--epochs", 2, "--out-dir", out, *flags[name]) == 0
     printed, err = capsys.readouterr()
     first, *lines, last = printed.splitlines()
-    data = "3 pairs of folder" if name == "pix2pix" else "255 images of mnist"
+    data = "folder: 3 pairs" if name == "pix2pix" else "mnist: 255 images"
     assert (err, first) == ("", f"{data}, 3 steps per epoch")
     if name in ("dcgan", "pix2pix"):
-        assert lines.pop(0) == "few steps, so expect blurry images: --epochs 1334 makes 4,000"
+        assert lines.pop(0) == "few steps, so expect blurry images: --epochs 1334 makes 4,000 steps"
     assert lines.pop(0) == f"on cpu, writing to {out}"
-    assert last == f"2 epochs done, pictures in {out}/samples"
+    assert last == f"epoch 2/2 done, pictures in {out}/samples"
     assert max(map(len, lines)) <= 100
 
     assert json.loads((out / "args.json").read_text()) == load(out)["args"]
@@ -162,7 +162,7 @@ def test_a_terminal_shows_one_line_that_is_rewritten(name, flags, tmp_path):
     assert os.waitpid(pid, 0)[1] == 0
     *_, progress, end = output.decode().strip().split("\r\n")
     lines = progress.split("\r")
-    assert len(lines) == 255 // 16 and end.startswith("1 epochs done")
+    assert len(lines) == 255 // 16 and end.startswith("epoch 1/1 done")
     assert all(re.fullmatch(r"\033\[K\033\[\?7lepoch 1/1.*s\033\[\?7h", line) for line in lines)
 
 
@@ -235,7 +235,7 @@ def test_nothing_said_and_no_network(name, script, offline, tmp_path, monkeypatc
     assert run(script, *small) == 0
     out, err = capsys.readouterr()
     what = "facades" if name == "pix2pix" else "MNIST"
-    assert "of synthetic, " in out and len(err.splitlines()) == 1
+    assert "synthetic: " in out and len(err.splitlines()) == 1
     assert err.startswith("warning: ") and what in err and "not known" in err
     assert load(Path("runs", name))["args"]["dataset"] == "synthetic"
 
@@ -280,7 +280,7 @@ def test_two_machines_without_a_shared_disk(two_machines):
 def test_a_finished_run_stays_as_it_is(script, finished, capsys):
     before = result(finished)
     assert run(script, "--resume", finished / "checkpoint.pt") == 0
-    assert "2 epochs done" in capsys.readouterr().out and same(result(finished), before)
+    assert "epoch 2/2 done" in capsys.readouterr().out and same(result(finished), before)
 
 
 def test_resume_keeps_what_was_not_said_and_takes_what_was(name, script, copied):
@@ -390,6 +390,15 @@ def test_ctrl_c_says_how_to_go_on(name, flags, tmp_path):
     assert running.wait() == (130, f"\n{line}\n")
 
 
+def test_ctrl_c_before_a_checkpoint_says_that_there_is_none(script, tmp_path, monkeypatch, capsys):
+    def interrupted(args, checkpoint):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "train", interrupted)
+    assert run(script, "--out-dir", tmp_path) == 130
+    assert capsys.readouterr().err == "\nstopped before the first checkpoint\n"
+
+
 def test_a_run_whose_folder_is_taken_away_ends_in_one_line(name, flags, tmp_path):
     out = tmp_path / "run"
     running = Command(name, "--epochs", 100_000, "--out-dir", out, *flags[name], cwd=tmp_path)
@@ -458,8 +467,8 @@ def test_bad_checkpoints_are_refused_in_one_line(
             assert run(script, flag, bad) == 2
             out, err = capsys.readouterr()
             assert out == "" and len(err.splitlines()) == 1
-            assert err.startswith(f"{name}.py: error: {bad} is not a checkpoint of {name}.py")
-            assert faults.get(bad, "damaged") in err
+            assert err.startswith(f"{name}.py: error: {bad} cannot be read as a checkpoint of {name}.py")
+            assert faults.get(bad, "") in err
     assert sorted(os.listdir()) == names  # no "evil": the code in it did not run
 
 
@@ -506,6 +515,12 @@ def test_every_flag_with_values_that_nobody_wants(
 def test_a_wrong_flag_is_one_line_in_plain_words(words, message, name, script, capsys):
     assert run(script, *words.split()) == 2
     assert re.fullmatch(f"{name}.py: error: {message}\n", capsys.readouterr().err)
+
+
+def test_a_flag_that_draws_needs_sample(name, script, capsys):
+    flag = "--input" if name == "pix2pix" else "--interpolate"
+    assert run(script, flag, 2) == 2
+    assert capsys.readouterr().err == f"{name}.py: error: {flag} needs --sample\n"
 
 
 def test_help_has_the_paper_and_the_examples(script, capsys):
