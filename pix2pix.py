@@ -1,12 +1,13 @@
 """pix2pix: Isola, Zhu, Zhou & Efros, "Image-to-Image Translation with Conditional Adversarial
 Networks" (2017, arXiv:1611.07004).
 
-    python pix2pix.py --cuda                                 facades, labels to photo
-    python pix2pix.py --dataset folder --data-dir pairs      your own pairs
-    torchrun --nproc-per-node 8 pix2pix.py --cuda            eight GPUs, --batch-size for each
-    python pix2pix.py --resume runs/pix2pix --epochs 300     continue training
-    python pix2pix.py --sample runs/pix2pix                  translate the held-out pairs
-    python pix2pix.py --sample runs/pix2pix --input DIR      translate a folder, or one image
+    python pix2pix.py --cuda                                  facades, labels to photo
+    python pix2pix.py --image-size 64 --width 32 --epochs 20  the same, small enough for a CPU
+    python pix2pix.py --dataset folder --data-dir pairs       your own pairs
+    torchrun --nproc-per-node 8 pix2pix.py --cuda             eight GPUs, --batch-size for each
+    python pix2pix.py --resume runs/pix2pix --epochs 300      continue training
+    python pix2pix.py --sample runs/pix2pix                   translate the held-out pairs
+    python pix2pix.py --sample runs/pix2pix --input DIR       translate a folder, or one image
 
 A folder of pairs has train/ and val/ (or test/) with files that hold A and B side by side, or A/
 and B/ with files of equal names. Then every tenth pair is held out.

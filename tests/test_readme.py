@@ -74,7 +74,7 @@ def done(checkout):
 
     def execute(command):
         launcher, script, *argv = command.split()
-        long = re.search(r"--epochs \d\d", command)
+        long = script == "dcgan.py" and "--epochs" in argv
         if launcher == "python" and not long:
             return Command(script.removesuffix(".py"), *argv, cwd=checkout, folder=checkout).wait()
         launch = [sys.executable] if launcher == "python" else [sys.executable, "-m", TORCHRUN]
