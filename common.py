@@ -11,11 +11,11 @@ from torchvision.utils import save_image
 
 
 def select_device(cuda, checkpoint=None):
-    """Returns the GPU if `cuda` is set and there is one, else the CPU, with a warning on stderr.
+    """Returns the GPU if `cuda` is set and there is one, else the CPU. Warns if it was set in vain.
 
-    Under torchrun, each process takes a GPU of its own and joins the process group here. The
-    program ends with one line if there are fewer GPUs than processes, a process is missing, or the
-    processes have checkpoints of different epochs."""
+    Under torchrun, each process joins the process group here and, with `cuda`, takes its own GPU.
+    The program ends with one line if there are fewer GPUs than processes, a process is missing, or
+    the processes have checkpoints of different epochs."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
     if cuda and torch.cuda.is_available():
@@ -38,7 +38,7 @@ def select_device(cuda, checkpoint=None):
 
 def join(device, epochs):
     """Joins torchrun's other processes. Ends with one line if one of them ended before joining, or
-    has done another number of epochs."""
+    has done a different number of epochs."""
     soon = timedelta(seconds=45)
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=soon))
@@ -49,7 +49,7 @@ def join(device, epochs):
     except RuntimeError:
         sys.exit("error: another process has ended, or did not start within 45 seconds")
     if len(set(found)) > 1:
-        sys.exit(f"error: the processes have different checkpoints, after epochs {found}")
+        sys.exit(f"error: the processes have checkpoints of epochs {found}: copy one to all")
 
     # The timeout is two hours, because the others wait while one process downloads or evaluates.
     # If a process ends, its connections close, and the others fail at once.

@@ -17,13 +17,14 @@ Differences from the paper:
 2. Kernels are 4x4, not 5x5. At stride 2, every output then comes from equally many inputs.
 3. z ~ N(0, I), not uniform.
 4. D ends in a convolution over the whole map, which equals the paper's flattening into one output.
-5. Digits are padded to 32x32, and written back at 28x28.
+5. Digits are padded to --image-size; --sample crops them back to 28x28.
 6. Samples use BatchNorm in eval mode, so that no image depends on the others.
 7. G's step reuses the fake images of D's step, which saves a forward pass.
 """
 
 import argparse
 import csv
+import io
 import itertools
 import json
 import math
@@ -320,8 +321,7 @@ def read_folder(folder, args):
     file = tempfile.TemporaryFile()
     counts = [0]
     skipped = Counter()  # by suffix
-    pool = ThreadPoolExecutor()
-    try:
+    with ThreadPoolExecutor() as pool:
         for path, (image, error) in zip(paths, pool.map(read_image, paths, itertools.repeat(args))):
             if error:
                 skipped[Path(path).suffix] += 1
@@ -330,22 +330,20 @@ def read_folder(folder, args):
                 continue
             file.write(image.tobytes())
             counts[0] += 1
-    finally:
-        pool.shutdown(cancel_futures=True)
     if skipped.total() > 5:
         print("skipped files by suffix:", dict(skipped), file=sys.stderr)
     if WORLD_SIZE > 1:  # another process may have skipped more files
         counts *= WORLD_SIZE
         dist.all_gather_object(counts, counts[0])
     if min(counts) == 0:
-        sys.exit(f"error: {folder} has no readable images, or fewer than processes")
+        sys.exit(f"error: {folder} has too few readable images: each process needs one")
     shape = (min(counts), args.image_size, args.image_size, args.channels or 3)
     return torch.from_numpy(np.memmap(file, mode="c", shape=shape)).permute(0, 3, 1, 2)
 
 
 def list_files(folder):
     """Returns the names of all files below `folder`, relative to it and sorted, without hidden
-    ones. A folder counts once, however many links lead to it. One that cannot be read is named."""
+    ones. Reads a folder once, however many links lead to it. Reports unreadable ones on stderr."""
     names = []
     seen = set()
     skip = partial(print, "skipped", file=sys.stderr)
@@ -359,7 +357,8 @@ def list_files(folder):
 
 
 def read_image(path, args):
-    """Returns the image, upright and cropped to a square, and None; or None and Pillow's error."""
+    """Returns the image, upright, cropped and resized to --image-size, and None; or None and
+    Pillow's error."""
     size = (args.image_size, args.image_size)
     try:
         image = Image.open(path)
@@ -454,12 +453,7 @@ def save(state, history, args):
     checkpoint = json.loads(checkpoint)
     (args.out_dir / "args.json").write_text(json.dumps(checkpoint["args"], indent=4))
     with open(args.out_dir / "metrics.csv", "w") as file:
-        writer = csv.DictWriter(
-            file,
-            history[-1],
-            extrasaction="ignore",
-            lineterminator="\n",
-        )
+        writer = csv.DictWriter(file, history[-1], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
 
@@ -468,10 +462,12 @@ def save(state, history, args):
     names = ["checkpoint.pt"]
     if args.keep_every and len(history) % args.keep_every == 0:
         names.insert(0, f"checkpoint_{len(history):04d}.pt")
+    data = io.BytesIO()  # so that a full disk is an OSError, not one of torch's
+    torch.save(checkpoint, data)
+    part = args.out_dir / "checkpoint.part"
     for name in names:
-        with open(args.out_dir / "checkpoint.part", "wb") as file:
-            torch.save(checkpoint, file)
-        os.replace(file.name, args.out_dir / name)
+        part.write_bytes(data.getbuffer())
+        part.replace(args.out_dir / name)
 
 
 def new_folder(path):
@@ -492,14 +488,6 @@ def positive(text):
     """For argparse: a whole number of at least 1."""
     if int(text) < 1:
         raise ValueError
-    return int(text)
-
-
-def image_size(text):
-    """For argparse: 4 to 7 times a power of two, which halving can reach."""
-    base, _ = base_and_widths(int(text), 1)
-    if int(text) < 8 or not 4 <= base <= 7:
-        raise argparse.ArgumentTypeError("must be 4 to 7 times a power of two, as 64, 80, 96, 112")
     return int(text)
 
 
@@ -524,7 +512,9 @@ def parse_args(argv=None):
     add("--dataset", choices=sets, help="default: mnist, if available")
     where = "where the data sets are, or with --dataset folder your images (data)"
     add("--data-dir", type=os.path.abspath, default="data", help=where)
-    add("--image-size", type=image_size, metavar="N", help="default: 64 for a folder, else 32")
+    sizes = [base * 2**k for k in range(1, 9) for base in range(4, 8)]
+    size = "4 to 7 times a power of two (64 for a folder, else 32)"
+    add("--image-size", type=int, choices=sizes, metavar="N", help=size)
     add("--channels", type=int, choices=(1, 3), help="of a folder, 1 for gray (3)")
     add("--latent-dim", **number, default=100, help="size of z (%(default)s)")
     add("--width", **number, default=64, help="channels of the narrowest level (%(default)s)")
@@ -554,9 +544,8 @@ def parse_args(argv=None):
             parser.set_defaults(out_dir=path.parent)
         args = parser.parse_args(argv)
 
-    if args.out_dir and not args.sample and os.path.isdir(args.out_dir):
-        newest = (args.out_dir / "checkpoint.pt").resolve()
-        if os.listdir(args.out_dir) and (not path or path.resolve() != newest):
+    if args.out_dir and not args.sample and path != args.out_dir / "checkpoint.pt":
+        if os.path.isdir(args.out_dir) and os.listdir(args.out_dir):
             parser.error(f"{args.out_dir} is not empty: --resume it, or use another --out-dir")
     if not 0 < args.lr <= 1:
         parser.error("--lr must be above 0 and at most 1")
@@ -571,17 +560,14 @@ def main():
     run = sample if args.sample else train
     try:
         run(args, checkpoint)
-    except (OSError, RuntimeError) as error:
-        # The run's folder cannot be written, is gone, or the disk is full, which torch.save reports
-        # as a RuntimeError.
-        cause = error if isinstance(error, OSError) else error.__context__
-        ours = f"{args.out_dir}/" in str(cause)
-        if not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError) and not ours:
+    except OSError as error:
+        # The run's folder cannot be written, is gone, or the disk is full.
+        if isinstance(error, FileNotFoundError) and f"{args.out_dir}/" not in str(error):
             raise
-        sys.exit(f"error: {cause}")
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         line = "stopped"
-        if run is train:
+        if run is train and RANK == 0:
             line += " before the first checkpoint"
             if os.path.exists(f"{args.out_dir}/checkpoint.pt"):
                 line = f"stopped; to continue: python {NAME}.py --resume {args.out_dir}"

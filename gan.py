@@ -24,6 +24,7 @@ Differences from the paper:
 import argparse
 import copy
 import csv
+import io
 import itertools
 import json
 import math
@@ -97,7 +98,7 @@ def train(args, checkpoint):
     images_per_step = args.batch_size * args.d_steps  # k batches for D, then one step of G
     steps = len(images) // images_per_step
     if steps == 0 or args.batch_size == 1:  # BatchNorm needs two images
-        sys.exit(f"error: --batch-size must be 2 to {len(images)}, the images per process")
+        sys.exit(f"error: --batch-size must be 2 or more, times --d-steps at most {len(images)}")
 
     torch.manual_seed(args.seed)
     fixed_noise = torch.randn(64, args.latent_dim).to(device)
@@ -341,12 +342,7 @@ def save(state, history, args):
     checkpoint = json.loads(checkpoint)
     (args.out_dir / "args.json").write_text(json.dumps(checkpoint["args"], indent=4))
     with open(args.out_dir / "metrics.csv", "w") as file:
-        writer = csv.DictWriter(
-            file,
-            history[-1],
-            extrasaction="ignore",
-            lineterminator="\n",
-        )
+        writer = csv.DictWriter(file, history[-1], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
 
@@ -355,10 +351,12 @@ def save(state, history, args):
     names = ["checkpoint.pt"]
     if args.keep_every and len(history) % args.keep_every == 0:
         names.insert(0, f"checkpoint_{len(history):04d}.pt")
+    data = io.BytesIO()  # so that a full disk is an OSError, not one of torch's
+    torch.save(checkpoint, data)
+    part = args.out_dir / "checkpoint.part"
     for name in names:
-        with open(args.out_dir / "checkpoint.part", "wb") as file:
-            torch.save(checkpoint, file)
-        os.replace(file.name, args.out_dir / name)
+        part.write_bytes(data.getbuffer())
+        part.replace(args.out_dir / name)
 
 
 def new_folder(path):
@@ -431,9 +429,8 @@ def parse_args(argv=None):
             parser.set_defaults(out_dir=path.parent)
         args = parser.parse_args(argv)
 
-    if args.out_dir and not args.sample and os.path.isdir(args.out_dir):
-        newest = (args.out_dir / "checkpoint.pt").resolve()
-        if os.listdir(args.out_dir) and (not path or path.resolve() != newest):
+    if args.out_dir and not args.sample and path != args.out_dir / "checkpoint.pt":
+        if os.path.isdir(args.out_dir) and os.listdir(args.out_dir):
             parser.error(f"{args.out_dir} is not empty: --resume it, or use another --out-dir")
     if not 0 < args.lr <= 1:
         parser.error("--lr must be above 0 and at most 1")
@@ -447,17 +444,14 @@ def main():
     run = sample if args.sample else train
     try:
         run(args, checkpoint)
-    except (OSError, RuntimeError) as error:
-        # The run's folder cannot be written, is gone, or the disk is full, which torch.save reports
-        # as a RuntimeError.
-        cause = error if isinstance(error, OSError) else error.__context__
-        ours = f"{args.out_dir}/" in str(cause)
-        if not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError) and not ours:
+    except OSError as error:
+        # The run's folder cannot be written, is gone, or the disk is full.
+        if isinstance(error, FileNotFoundError) and f"{args.out_dir}/" not in str(error):
             raise
-        sys.exit(f"error: {cause}")
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         line = "stopped"
-        if run is train:
+        if run is train and RANK == 0:
             line += " before the first checkpoint"
             if os.path.exists(f"{args.out_dir}/checkpoint.pt"):
                 line = f"stopped; to continue: python {NAME}.py --resume {args.out_dir}"

@@ -10,7 +10,7 @@ Networks" (2017, arXiv:1611.07004).
     python pix2pix.py --sample runs/pix2pix --input DIR       translate a folder, or one image
 
 A folder of pairs has train/ and val/ (or test/) with files that hold A and B side by side, or A/
-and B/ with files of equal names. Then every tenth pair is held out.
+and B/ with files of equal names, where every tenth pair is held out.
 
 Writes to runs/pix2pix: checkpoint.pt every 5 epochs, metrics.csv, args.json, samples/real.png with
 sources and targets of the training set, and samples/epoch_0001.png, ... with source, output and
@@ -19,8 +19,8 @@ target of the same held-out pairs after every epoch.
 Differences from the paper:
 1. InstanceNorm, not BatchNorm. At a batch size of 1, the paper's for facades, they are the same,
    and at any other no output depends on its neighbours. The innermost level has none, as in the
-   authors' code, since up to 256 pixels it is a single pixel, which minus its mean is 0.
-2. Every translation has the same dropout, drawn from --seed. --deterministic turns it off.
+   authors' code: up to 256 pixels it is a single pixel, which a norm would turn into 0.
+2. Held-out and --sample images all get the same dropout, drawn from --seed.
 3. The U-Net has a level for each halving of --image-size, at most 8. At 256 it is the paper's.
 4. D always halves an image three times, so at 64 pixels its patches are larger than the image.
 5. --decay-epochs adds the falling learning rate of the authors' later PyTorch code.
@@ -30,6 +30,7 @@ Differences from the paper:
 import argparse
 import csv
 import gzip
+import io
 import itertools
 import json
 import math
@@ -297,7 +298,7 @@ def evaluate(generator, held_out, args, device):
 
 
 def sample(args, checkpoint):
-    """Translates the held-out pairs or --input: single images, and the first 16 as a grid."""
+    """Translates the held-out pairs or --input: single images, and a grid of the first."""
     device = select_device(args.cuda)
     generator = Generator(args.image_size, args.width).to(device)
     generator.load_state_dict(checkpoint["generator"])
@@ -327,7 +328,7 @@ def sample(args, checkpoint):
 
         image = to_pil_image((output[0] * 127.5 + 128).byte())
         if folder:
-            image = image.resize(read_image(folder / name).size, Image.Resampling.BICUBIC)
+            image = image.resize(read_image(folder / name).size)
         path = (out / name).with_suffix(".png")
         while path.exists():  # a.gif and a.jpg would both become a.png
             path = Path(f"{path}.png")
@@ -427,8 +428,7 @@ def read_pairs(sides, names, size):
     square = None
     skipped = Counter()  # by suffix
     paths = [[side / name for side in sides] for name in names]
-    pool = ThreadPoolExecutor()
-    try:
+    with ThreadPoolExecutor() as pool:
         for name, (pair, note) in zip(names, pool.map(read_pair, paths, itertools.repeat(size))):
             if pair is None:
                 skipped[Path(name).suffix] += 1
@@ -438,8 +438,6 @@ def read_pairs(sides, names, size):
             square = square or note
             file.write(pair.numpy().tobytes())
             kept.append(name)
-    finally:
-        pool.shutdown(cancel_futures=True)
     if skipped.total() > 5:
         print("skipped files by suffix:", dict(skipped), file=sys.stderr)
     if not kept:
@@ -452,7 +450,7 @@ def read_pairs(sides, names, size):
 
 def list_files(folder):
     """Returns the names of all files below `folder`, relative to it and sorted, without hidden
-    ones. A folder counts once, however many links lead to it. One that cannot be read is named."""
+    ones. Reads a folder once, however many links lead to it. Reports unreadable ones on stderr."""
     names = []
     seen = set()
     skip = partial(print, "skipped", file=sys.stderr)
@@ -477,7 +475,7 @@ def read_pair(paths, size):
     note = None
     if len(paths) == 1:
         if a.width == a.height:
-            note = f"{paths[0]} is square, and still cut in half into A and B"
+            note = f"{paths[0]} is square, but was cut in half: A and B must be side by side"
         half = a.width // 2
         b = a.crop((half, 0, a.width, a.height))
         a = a.crop((0, 0, half, a.height))
@@ -504,7 +502,7 @@ def read_image(path):
 
 
 def to_square(image, size):
-    return pil_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
+    return pil_to_tensor(image.resize((size, size)))  # bicubic, as is Pillow's default
 
 
 def synthetic_facades(count, size, seed):
@@ -583,18 +581,13 @@ def save(state, history, args):
         sys.exit(f"error: not finite, so not saved: lower --lr: {history[-1]}")
 
     # Leave out the flags that are for this command only.
-    flags = vars(args) | dict.fromkeys(("cuda", "out_dir", "resume", "sample", "input"))
+    flags = vars(args) | dict.fromkeys(("cuda", "out_dir", "resume", "sample"))
     # weights_only=True requires plain values. argparse turns strings into paths again.
     checkpoint = json.dumps({"script": NAME, "args": flags, "metrics": history}, default=os.fspath)
     checkpoint = json.loads(checkpoint)
     (args.out_dir / "args.json").write_text(json.dumps(checkpoint["args"], indent=4))
     with open(args.out_dir / "metrics.csv", "w") as file:
-        writer = csv.DictWriter(
-            file,
-            history[-1],
-            extrasaction="ignore",
-            lineterminator="\n",
-        )
+        writer = csv.DictWriter(file, history[-1], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
 
@@ -606,10 +599,12 @@ def save(state, history, args):
         names = [f"checkpoint_{epoch:04d}.pt"]
     if names or epoch % args.save_every == 0 or epoch == args.epochs:
         names.append("checkpoint.pt")
+    data = io.BytesIO()  # so that a full disk is an OSError, not one of torch's
+    torch.save(checkpoint, data)
+    part = args.out_dir / "checkpoint.part"
     for name in names:
-        with open(args.out_dir / "checkpoint.part", "wb") as file:
-            torch.save(checkpoint, file)
-        os.replace(file.name, args.out_dir / name)
+        part.write_bytes(data.getbuffer())
+        part.replace(args.out_dir / name)
 
 
 def new_folder(path):
@@ -644,7 +639,8 @@ def parse_args(argv=None):
     number = {"type": positive, "metavar": "N"}
     switch = {"action": argparse.BooleanOptionalAction, "default": False}
     add("--epochs", **number, default=200, help="total passes over the training set (%(default)s)")
-    add("--decay-epochs", **number, default=0, help="epochs at the end over which --lr falls (0)")
+    decay = "epochs at the end over which --lr falls (0)"
+    add("--decay-epochs", type=int, metavar="N", default=0, help=decay)
     add("--batch-size", **number, default=1, help="pairs per step and process (%(default)s)")
     add("--lr", type=float, default=2e-4, help="Adam's learning rate (%(default)s)")
     add("--l1-weight", type=float, default=100.0, help="weight of the L1 loss (%(default)s)")
@@ -691,14 +687,15 @@ def parse_args(argv=None):
             parser.set_defaults(out_dir=path.parent)
         args = parser.parse_args(argv)
 
-    if args.out_dir and not args.sample and os.path.isdir(args.out_dir):
-        newest = (args.out_dir / "checkpoint.pt").resolve()
-        if os.listdir(args.out_dir) and (not path or path.resolve() != newest):
+    if args.out_dir and not args.sample and path != args.out_dir / "checkpoint.pt":
+        if os.path.isdir(args.out_dir) and os.listdir(args.out_dir):
             parser.error(f"{args.out_dir} is not empty: --resume it, or use another --out-dir")
     if not 0 < args.lr <= 1:
         parser.error("--lr must be above 0 and at most 1")
-    if args.input and not args.sample:
-        parser.error("--input needs --sample")
+    if (args.input or args.deterministic) and not args.sample:
+        parser.error("--input and --deterministic need --sample")
+    if args.decay_epochs < 0:
+        parser.error("--decay-epochs must be at least 0")
     if args.direction is None:
         args.direction = "AtoB" if args.dataset in ("maps", "folder") else "BtoA"
     return args, checkpoint
@@ -709,17 +706,14 @@ def main():
     run = sample if args.sample else train
     try:
         run(args, checkpoint)
-    except (OSError, RuntimeError) as error:
-        # The run's folder cannot be written, is gone, or the disk is full, which torch.save reports
-        # as a RuntimeError.
-        cause = error if isinstance(error, OSError) else error.__context__
-        ours = f"{args.out_dir}/" in str(cause)
-        if not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError) and not ours:
+    except OSError as error:
+        # The run's folder cannot be written, is gone, or the disk is full.
+        if isinstance(error, FileNotFoundError) and f"{args.out_dir}/" not in str(error):
             raise
-        sys.exit(f"error: {cause}")
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         line = "stopped"
-        if run is train:
+        if run is train and RANK == 0:
             line += " before the first checkpoint"
             if os.path.exists(f"{args.out_dir}/checkpoint.pt"):
                 line = f"stopped; to continue: python {NAME}.py --resume {args.out_dir}"

@@ -27,6 +27,7 @@ Differences from the paper:
 
 import argparse
 import csv
+import io
 import itertools
 import json
 import math
@@ -102,7 +103,7 @@ def kl_divergence(mean, logvar):
 
 def reconstruction_loss(logits, x):
     """-log p(x|z) in nats, with a Bernoulli distribution for each pixel (appendix C.1), summed over
-    the pixels: (B, ...) to (B,). decode() returns its mean, in [0, 1]: change both."""
+    the pixels: (B, ...) to (B,). If you change the distribution, change decode(), too."""
     loss = F.binary_cross_entropy_with_logits(logits, x, reduction="none")
     return loss.flatten(1).sum(1)
 
@@ -197,8 +198,8 @@ def train(args, checkpoint):
 
 
 def one_cycle(step, steps, lr):
-    """The learning rate of a step, from 0 to steps - 1, as PyTorch's OneCycleLR has it: from lr / 5
-    up to 5 lr over the first 30% of the steps, then down to lr / 50,000, on half cosines."""
+    """The learning rate of `step` (0 to steps - 1), as in PyTorch's OneCycleLR: from lr / 5 up to
+    5 lr over the first 30% of the steps, then down to lr / 50,000, on half cosines."""
     top = 0.3 * steps - 1
     last = steps - 1
     t = step / top if step < top else (last - step) / (last - top)  # 1 at the top
@@ -215,8 +216,8 @@ def average_gradients(network):
 
 @torch.no_grad()
 def evaluate(model, held_out, args):
-    """Returns the means over images (N, 1, 28, 28), in nats, of the negative ELBO, with z sampled,
-    and of its two terms."""
+    """Returns the negative ELBO, with one z per image, and its two terms, in nats: the means over
+    images (N, 1, 28, 28)."""
     torch.manual_seed(args.seed)  # training is seeded again in each epoch
     terms = []
     for x in held_out.split(1000):
@@ -283,14 +284,15 @@ def sample(args, checkpoint):
 
 
 def draw_manifold(model, device, path):
-    """Figure 4: the unit square through the Gaussian's quantiles, z_1 to the right, z_2 upwards."""
+    """Figure 4: a grid on the unit square, mapped to z by the Gaussian's quantiles. z_1 grows to
+    the right, z_2 upwards."""
     quantiles = torch.special.ndtri((torch.arange(20) + 0.5) / 20)
     z = torch.cartesian_prod(-quantiles, quantiles).flip(1).to(device)
     save_grid(decode(model, z), path, columns=20, value_range=(0, 1))
 
 
 def restore(args, checkpoint):
-    """Returns the trained model and its device. What is drawn next follows from --seed."""
+    """Returns the trained model and its device. Seeds the random numbers with --seed."""
     device = select_device(args.cuda)
     model = VAE(args.latent_dim, args.width, args.autoencoder).to(device).eval()
     model.load_state_dict(checkpoint["model"])
@@ -411,12 +413,7 @@ def save(state, history, args):
     checkpoint = json.loads(checkpoint)
     (args.out_dir / "args.json").write_text(json.dumps(checkpoint["args"], indent=4))
     with open(args.out_dir / "metrics.csv", "w") as file:
-        writer = csv.DictWriter(
-            file,
-            history[-1],
-            extrasaction="ignore",
-            lineterminator="\n",
-        )
+        writer = csv.DictWriter(file, history[-1], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
 
@@ -425,10 +422,12 @@ def save(state, history, args):
     names = ["checkpoint.pt"]
     if args.keep_every and len(history) % args.keep_every == 0:
         names.insert(0, f"checkpoint_{len(history):04d}.pt")
+    data = io.BytesIO()  # so that a full disk is an OSError, not one of torch's
+    torch.save(checkpoint, data)
+    part = args.out_dir / "checkpoint.part"
     for name in names:
-        with open(args.out_dir / "checkpoint.part", "wb") as file:
-            torch.save(checkpoint, file)
-        os.replace(file.name, args.out_dir / name)
+        part.write_bytes(data.getbuffer())
+        part.replace(args.out_dir / name)
 
 
 def new_folder(path):
@@ -472,7 +471,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="makes CPU runs bit-reproducible (0)")
     add("--cuda", action="store_true", help="use the GPU; under torchrun, one per process")
     add("--bf16", **switch, help="autocast to bfloat16")
-    add("--compile", **switch, help="torch.compile the networks")
+    add("--compile", **switch, help="torch.compile the network")
     add("--dataset", choices=(*DATASETS, "synthetic"), help="default: mnist, if available")
     add("--data-dir", type=os.path.abspath, default="data", help="where the data sets are (data)")
     add("--latent-dim", **number, default=20, help="size of z (%(default)s)")
@@ -505,9 +504,8 @@ def parse_args(argv=None):
             parser.set_defaults(out_dir=path.parent)
         args = parser.parse_args(argv)
 
-    if args.out_dir and not args.sample and os.path.isdir(args.out_dir):
-        newest = (args.out_dir / "checkpoint.pt").resolve()
-        if os.listdir(args.out_dir) and (not path or path.resolve() != newest):
+    if args.out_dir and not args.sample and path != args.out_dir / "checkpoint.pt":
+        if os.path.isdir(args.out_dir) and os.listdir(args.out_dir):
             parser.error(f"{args.out_dir} is not empty: --resume it, or use another --out-dir")
     if not 0 < args.lr <= 1:
         parser.error("--lr must be above 0 and at most 1")
@@ -523,17 +521,14 @@ def main():
     run = sample if args.sample else estimate if args.eval else train
     try:
         run(args, checkpoint)
-    except (OSError, RuntimeError) as error:
-        # The run's folder cannot be written, is gone, or the disk is full, which torch.save reports
-        # as a RuntimeError.
-        cause = error if isinstance(error, OSError) else error.__context__
-        ours = f"{args.out_dir}/" in str(cause)
-        if not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError) and not ours:
+    except OSError as error:
+        # The run's folder cannot be written, is gone, or the disk is full.
+        if isinstance(error, FileNotFoundError) and f"{args.out_dir}/" not in str(error):
             raise
-        sys.exit(f"error: {cause}")
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         line = "stopped"
-        if run is train:
+        if run is train and RANK == 0:
             line += " before the first checkpoint"
             if os.path.exists(f"{args.out_dir}/checkpoint.pt"):
                 line = f"stopped; to continue: python {NAME}.py --resume {args.out_dir}"

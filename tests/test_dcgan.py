@@ -109,7 +109,7 @@ def test_other_types_of_layers_keep_their_start(layer):
 
 
 def test_image_sizes_that_do_not_work_are_refused(capsys):
-    works = [base * 2**n for base in (4, 5, 6, 7) for n in range(1, 6)]
+    works = [base * 2**n for n in range(1, 9) for base in (4, 5, 6, 7)]
     for size in range(225):
         if size in works:
             assert parse("--image-size", size).image_size == size
@@ -117,7 +117,8 @@ def test_image_sizes_that_do_not_work_are_refused(capsys):
             with pytest.raises(SystemExit):
                 parse("--image-size", size)
             err = capsys.readouterr().err
-            assert err.endswith("4 to 7 times a power of two, as 64, 80, 96, 112\n")
+            # Some versions of Python write them in quotes.
+            assert str(works)[1:-1] in err.replace("'", "") and len(err.splitlines()) == 1
 
 
 def test_defaults_are_the_papers_and_those_of_each_set():
@@ -380,9 +381,9 @@ def test_a_mistake_in_the_code_that_reads_keeps_its_traceback(many, monkeypatch)
 FOLDER = "--dataset folder"
 SYNTHETIC = "--dataset synthetic"
 REFUSED = [
-    (".hidden.png", FOLDER, "has no readable images"),
-    ("notes.txt", FOLDER, "has no readable images"),
-    ("notes.txt", f"{FOLDER} --data-dir /missing", "/missing has no readable images"),
+    (".hidden.png", FOLDER, "has too few readable images"),
+    ("notes.txt", FOLDER, "has too few readable images"),
+    ("notes.txt", f"{FOLDER} --data-dir /missing", "/missing has too few readable images"),
     ("notes.txt", f"{SYNTHETIC} --image-size 24", "digits need --image-size 28 or more"),
 ]
 
