@@ -96,6 +96,16 @@ def minimize(loss, optimizer):
     optimizer.step()
 
 
+@pytest.mark.parametrize("flags", ["--batch-size 1", "--batch-size 257", "--d-steps 5"])
+def test_batches_that_do_not_work_are_refused_with_the_bounds(flags, data_dir, tmp_path, capsys):
+    """BatchNorm needs two images, and a step of G needs --d-steps batches."""
+    words = ["--dataset", "mnist", "--data-dir", data_dir, "--out-dir", tmp_path / "run"]
+    assert run(*words, *flags.split()) == 1
+    line = "error: --batch-size must be 2 or more, times --d-steps at most 256\n"
+    assert capsys.readouterr().err == line
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("d_steps, saturating", [(1, False), (3, True)])
 def test_a_run_is_algorithm_1(d_steps, saturating, data_dir, tmp_path):
     """k steps of D, each on new data and noise, then one of G; computed again from the seed."""
