@@ -49,7 +49,7 @@ def join(device, epochs):
     except RuntimeError:
         sys.exit("error: another process has ended, or did not start within 45 seconds")
     if len(set(found)) > 1:
-        sys.exit(f"error: the processes have checkpoints of epochs {found}: copy one to all")
+        sys.exit(f"error: different checkpoints, of epochs {found}: copy one to all machines")
 
     # The timeout is two hours, because the others wait while one process downloads or evaluates.
     # If a process ends, its connections close, and the others fail at once.

@@ -235,7 +235,7 @@ def train(args, checkpoint):
             save(state, history, args)
 
     if RANK == 0:
-        print(f"epoch {len(history)}/{args.epochs} done, pictures in {samples}")
+        print(f"done after epoch {len(history)}, pictures in {samples}")
 
 
 def average_gradients(network):
@@ -336,7 +336,7 @@ def read_folder(folder, args):
         counts *= WORLD_SIZE
         dist.all_gather_object(counts, counts[0])
     if min(counts) == 0:
-        sys.exit(f"error: {folder} has too few readable images: each process needs one")
+        sys.exit(f"error: no images read from {folder}, or under torchrun fewer than processes")
     shape = (min(counts), args.image_size, args.image_size, args.channels or 3)
     return torch.from_numpy(np.memmap(file, mode="c", shape=shape)).permute(0, 3, 1, 2)
 
@@ -462,12 +462,13 @@ def save(state, history, args):
     names = ["checkpoint.pt"]
     if args.keep_every and len(history) % args.keep_every == 0:
         names.insert(0, f"checkpoint_{len(history):04d}.pt")
-    data = io.BytesIO()  # so that a full disk is an OSError, not one of torch's
-    torch.save(checkpoint, data)
-    part = args.out_dir / "checkpoint.part"
+    new = args.out_dir / "checkpoint.part"
     for name in names:
-        part.write_bytes(data.getbuffer())
-        part.replace(args.out_dir / name)
+        # In memory first: on a full disk, torch.save() to a file would raise a RuntimeError.
+        data = io.BytesIO()
+        torch.save(checkpoint, data)
+        new.write_bytes(data.getbuffer())
+        new.replace(args.out_dir / name)
 
 
 def new_folder(path):
@@ -513,7 +514,7 @@ def parse_args(argv=None):
     where = "where the data sets are, or with --dataset folder your images (data)"
     add("--data-dir", type=os.path.abspath, default="data", help=where)
     sizes = [base * 2**k for k in range(1, 9) for base in range(4, 8)]
-    size = "4 to 7 times a power of two (64 for a folder, else 32)"
+    size = "4 to 7 times a power of two, up to 1792 (64 for a folder, else 32)"
     add("--image-size", type=int, choices=sizes, metavar="N", help=size)
     add("--channels", type=int, choices=(1, 3), help="of a folder, 1 for gray (3)")
     add("--latent-dim", **number, default=100, help="size of z (%(default)s)")
@@ -527,6 +528,8 @@ def parse_args(argv=None):
     add("--interpolate", **number, help="with --sample: number of interpolations")
 
     args = parser.parse_args(argv)
+    if args.interpolate and not args.sample:
+        parser.error("--interpolate needs --sample")
     checkpoint = None
     path = args.resume or args.sample
     if path:
@@ -544,13 +547,12 @@ def parse_args(argv=None):
             parser.set_defaults(out_dir=path.parent)
         args = parser.parse_args(argv)
 
-    if args.out_dir and not args.sample and path != args.out_dir / "checkpoint.pt":
-        if os.path.isdir(args.out_dir) and os.listdir(args.out_dir):
+    if args.out_dir and not args.sample and os.path.isdir(args.out_dir):
+        newest = (args.out_dir / "checkpoint.pt").resolve()
+        if os.listdir(args.out_dir) and (not path or path.resolve() != newest):
             parser.error(f"{args.out_dir} is not empty: --resume it, or use another --out-dir")
     if not 0 < args.lr <= 1:
         parser.error("--lr must be above 0 and at most 1")
-    if args.interpolate and not args.sample:
-        parser.error("--interpolate needs --sample")
     args.image_size = args.image_size or (64 if args.dataset == "folder" else 32)
     return args, checkpoint
 

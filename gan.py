@@ -98,7 +98,8 @@ def train(args, checkpoint):
     images_per_step = args.batch_size * args.d_steps  # k batches for D, then one step of G
     steps = len(images) // images_per_step
     if steps == 0 or args.batch_size == 1:  # BatchNorm needs two images
-        sys.exit(f"error: --batch-size must be 2 or more, times --d-steps at most {len(images)}")
+        most = len(images) // args.d_steps
+        sys.exit(f"error: --batch-size must be 2 to {most}, the images per process / --d-steps")
 
     torch.manual_seed(args.seed)
     fixed_noise = torch.randn(64, args.latent_dim).to(device)
@@ -197,7 +198,7 @@ def train(args, checkpoint):
             save(state, history, args)
 
     if RANK == 0:
-        print(f"epoch {len(history)}/{args.epochs} done, pictures in {samples}")
+        print(f"done after epoch {len(history)}, pictures in {samples}")
 
 
 def average_gradients(network):
@@ -351,12 +352,13 @@ def save(state, history, args):
     names = ["checkpoint.pt"]
     if args.keep_every and len(history) % args.keep_every == 0:
         names.insert(0, f"checkpoint_{len(history):04d}.pt")
-    data = io.BytesIO()  # so that a full disk is an OSError, not one of torch's
-    torch.save(checkpoint, data)
-    part = args.out_dir / "checkpoint.part"
+    new = args.out_dir / "checkpoint.part"
     for name in names:
-        part.write_bytes(data.getbuffer())
-        part.replace(args.out_dir / name)
+        # In memory first: on a full disk, torch.save() to a file would raise a RuntimeError.
+        data = io.BytesIO()
+        torch.save(checkpoint, data)
+        new.write_bytes(data.getbuffer())
+        new.replace(args.out_dir / name)
 
 
 def new_folder(path):
@@ -412,6 +414,8 @@ def parse_args(argv=None):
     add("--interpolate", **number, help="with --sample: number of interpolations")
 
     args = parser.parse_args(argv)
+    if args.interpolate and not args.sample:
+        parser.error("--interpolate needs --sample")
     checkpoint = None
     path = args.resume or args.sample
     if path:
@@ -429,13 +433,12 @@ def parse_args(argv=None):
             parser.set_defaults(out_dir=path.parent)
         args = parser.parse_args(argv)
 
-    if args.out_dir and not args.sample and path != args.out_dir / "checkpoint.pt":
-        if os.path.isdir(args.out_dir) and os.listdir(args.out_dir):
+    if args.out_dir and not args.sample and os.path.isdir(args.out_dir):
+        newest = (args.out_dir / "checkpoint.pt").resolve()
+        if os.listdir(args.out_dir) and (not path or path.resolve() != newest):
             parser.error(f"{args.out_dir} is not empty: --resume it, or use another --out-dir")
     if not 0 < args.lr <= 1:
         parser.error("--lr must be above 0 and at most 1")
-    if args.interpolate and not args.sample:
-        parser.error("--interpolate needs --sample")
     return args, checkpoint
 
 

@@ -263,7 +263,7 @@ def train(args, checkpoint):
             save(state, history, args)
 
     if RANK == 0:
-        print(f"epoch {len(history)}/{args.epochs} done, pictures in {samples}")
+        print(f"done after epoch {len(history)}, pictures in {samples}")
 
 
 def average_gradients(network):
@@ -441,7 +441,7 @@ def read_pairs(sides, names, size):
     if skipped.total() > 5:
         print("skipped files by suffix:", dict(skipped), file=sys.stderr)
     if not kept:
-        sys.exit(f"error: none of {len(names)} files in {sides[0]} can be used")
+        sys.exit(f"error: no images read from {sides[0]}, or under torchrun fewer than processes")
     if square:
         print(f"warning: {square}", file=sys.stderr)
     pairs = np.memmap(file, mode="c", shape=(len(kept), 2, 3, size, size))
@@ -599,12 +599,13 @@ def save(state, history, args):
         names = [f"checkpoint_{epoch:04d}.pt"]
     if names or epoch % args.save_every == 0 or epoch == args.epochs:
         names.append("checkpoint.pt")
-    data = io.BytesIO()  # so that a full disk is an OSError, not one of torch's
-    torch.save(checkpoint, data)
-    part = args.out_dir / "checkpoint.part"
+    new = args.out_dir / "checkpoint.part"
     for name in names:
-        part.write_bytes(data.getbuffer())
-        part.replace(args.out_dir / name)
+        # In memory first: on a full disk, torch.save() to a file would raise a RuntimeError.
+        data = io.BytesIO()
+        torch.save(checkpoint, data)
+        new.write_bytes(data.getbuffer())
+        new.replace(args.out_dir / name)
 
 
 def new_folder(path):
@@ -670,6 +671,8 @@ def parse_args(argv=None):
     add("--deterministic", action="store_true", help="with --sample: without dropout")
 
     args = parser.parse_args(argv)
+    if (args.input or args.deterministic) and not args.sample:
+        parser.error("--input and --deterministic need --sample")
     checkpoint = None
     path = args.resume or args.sample
     if path:
@@ -687,13 +690,12 @@ def parse_args(argv=None):
             parser.set_defaults(out_dir=path.parent)
         args = parser.parse_args(argv)
 
-    if args.out_dir and not args.sample and path != args.out_dir / "checkpoint.pt":
-        if os.path.isdir(args.out_dir) and os.listdir(args.out_dir):
+    if args.out_dir and not args.sample and os.path.isdir(args.out_dir):
+        newest = (args.out_dir / "checkpoint.pt").resolve()
+        if os.listdir(args.out_dir) and (not path or path.resolve() != newest):
             parser.error(f"{args.out_dir} is not empty: --resume it, or use another --out-dir")
     if not 0 < args.lr <= 1:
         parser.error("--lr must be above 0 and at most 1")
-    if (args.input or args.deterministic) and not args.sample:
-        parser.error("--input and --deterministic need --sample")
     if args.decay_epochs < 0:
         parser.error("--decay-epochs must be at least 0")
     if args.direction is None:

@@ -194,7 +194,7 @@ def train(args, checkpoint):
     if RANK == 0:
         if args.latent_dim == 2 and not args.autoencoder:
             draw_manifold(model.eval(), device, args.out_dir / "manifold.png")
-        print(f"epoch {len(history)}/{args.epochs} done, pictures in {samples}")
+        print(f"done after epoch {len(history)}, pictures in {samples}")
 
 
 def one_cycle(step, steps, lr):
@@ -422,12 +422,13 @@ def save(state, history, args):
     names = ["checkpoint.pt"]
     if args.keep_every and len(history) % args.keep_every == 0:
         names.insert(0, f"checkpoint_{len(history):04d}.pt")
-    data = io.BytesIO()  # so that a full disk is an OSError, not one of torch's
-    torch.save(checkpoint, data)
-    part = args.out_dir / "checkpoint.part"
+    new = args.out_dir / "checkpoint.part"
     for name in names:
-        part.write_bytes(data.getbuffer())
-        part.replace(args.out_dir / name)
+        # In memory first: on a full disk, torch.save() to a file would raise a RuntimeError.
+        data = io.BytesIO()
+        torch.save(checkpoint, data)
+        new.write_bytes(data.getbuffer())
+        new.replace(args.out_dir / name)
 
 
 def new_folder(path):
@@ -465,7 +466,7 @@ def parse_args(argv=None):
     add("--epochs", **number, default=10, help="total passes over the training set (%(default)s)")
     add("--batch-size", **number, default=128, help="images per step and process (%(default)s)")
     add("--lr", type=float, default=1e-3, help="Adam's learning rate (%(default)s)")
-    add("--constant-lr", **switch, help="keep --lr: no cycle up to 5 times --lr and down")
+    add("--constant-lr", **switch, help="--lr throughout, instead of one cycle")
     add("--beta", type=float, default=1.0, help="weight of the KL (%(default)s)")
     add("--autoencoder", **switch, help="z is the encoder's mean, and there is no KL")
     add("--seed", type=int, default=0, help="makes CPU runs bit-reproducible (0)")
@@ -487,6 +488,8 @@ def parse_args(argv=None):
     add("--importance-samples", **number, default=100, help="with --eval: z per image (100)")
 
     args = parser.parse_args(argv)
+    if args.interpolate and not args.sample:
+        parser.error("--interpolate needs --sample")
     checkpoint = None
     path = args.resume or args.sample or args.eval
     if path:
@@ -504,13 +507,12 @@ def parse_args(argv=None):
             parser.set_defaults(out_dir=path.parent)
         args = parser.parse_args(argv)
 
-    if args.out_dir and not args.sample and path != args.out_dir / "checkpoint.pt":
-        if os.path.isdir(args.out_dir) and os.listdir(args.out_dir):
+    if args.out_dir and not args.sample and os.path.isdir(args.out_dir):
+        newest = (args.out_dir / "checkpoint.pt").resolve()
+        if os.listdir(args.out_dir) and (not path or path.resolve() != newest):
             parser.error(f"{args.out_dir} is not empty: --resume it, or use another --out-dir")
     if not 0 < args.lr <= 1:
         parser.error("--lr must be above 0 and at most 1")
-    if args.interpolate and not args.sample:
-        parser.error("--interpolate needs --sample")
     if args.autoencoder and (args.eval or (args.sample and not args.interpolate)):
         parser.error("an autoencoder has no prior: use --sample with --interpolate")
     return args, checkpoint

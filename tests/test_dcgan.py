@@ -381,9 +381,9 @@ def test_a_mistake_in_the_code_that_reads_keeps_its_traceback(many, monkeypatch)
 FOLDER = "--dataset folder"
 SYNTHETIC = "--dataset synthetic"
 REFUSED = [
-    (".hidden.png", FOLDER, "has too few readable images"),
-    ("notes.txt", FOLDER, "has too few readable images"),
-    ("notes.txt", f"{FOLDER} --data-dir /missing", "/missing has too few readable images"),
+    (".hidden.png", FOLDER, "no images read from"),
+    ("notes.txt", FOLDER, "no images read from"),
+    ("notes.txt", f"{FOLDER} --data-dir /missing", "no images read from /missing"),
     ("notes.txt", f"{SYNTHETIC} --image-size 24", "digits need --image-size 28 or more"),
 ]
 

@@ -119,7 +119,7 @@ def test_different_checkpoints_are_not_averaged(name, flags, tmp_path):
     assert Command(name, "--resume", "run", "--epochs", 2, cwd=tmp_path / "0").wait() == (0, "")
     commands = begin_two(name, tmp_path, "--resume", "run", "--epochs", 3)
     (first, err), (second, other) = [command.wait() for command in commands]
-    line = "error: the processes have checkpoints of epochs [2, 1]: copy one to all\n"
+    line = "error: different checkpoints, of epochs [2, 1]: copy one to all machines\n"
     assert first == second == 1 and err == line
     assert line in other or "error: another process has ended" in other  # it was faster
 

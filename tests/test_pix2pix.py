@@ -555,7 +555,7 @@ def test_what_is_missing_in_a_folder_is_one_line(pair_dir, tmp_path, capsys):
     assert run(*words, *TINY) == 1
     skipped, line = capsys.readouterr().err.splitlines()
     assert skipped.startswith("skipped ")
-    assert line.startswith(f"error: none of 1 files in {tmp_path}/val can be used")
+    assert line.startswith(f"error: no images read from {tmp_path}/val")
     assert not (tmp_path / "run").exists()
 
 
