@@ -172,8 +172,8 @@ def train(args, checkpoint):
     if RANK == 0:
         args.out_dir = args.out_dir or new_folder(f"runs/{NAME}")
         samples = args.out_dir / "samples"
-        # Fails if another new run has just taken this folder.
-        samples.mkdir(parents=True, exist_ok=bool(checkpoint))
+        # Fails if another run has just taken this folder.
+        samples.mkdir(parents=True, exist_ok=os.path.exists(args.out_dir / "checkpoint.pt"))
         save_grid(images[:64] / 127.5 - 1, samples / "real.png")
         print(f"{args.dataset}: {len(images) * WORLD_SIZE:,} images, {steps:,} steps per epoch")
         if steps * args.epochs < 2000:

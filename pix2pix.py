@@ -196,8 +196,8 @@ def train(args, checkpoint):
     if RANK == 0:
         args.out_dir = args.out_dir or new_folder(f"runs/{NAME}")
         samples = args.out_dir / "samples"
-        # Fails if another new run has just taken this folder.
-        samples.mkdir(parents=True, exist_ok=bool(checkpoint))
+        # Fails if another run has just taken this folder.
+        samples.mkdir(parents=True, exist_ok=os.path.exists(args.out_dir / "checkpoint.pt"))
         real = torch.stack(source_and_target(pairs[:32].cpu(), args), 1).flatten(0, 1)
         save_grid(real, samples / "real.png")
         print(f"{args.dataset}: {len(pairs) * WORLD_SIZE:,} pairs, {steps:,} steps per epoch")
@@ -315,7 +315,7 @@ def sample(args, checkpoint):
         else:
             names = list_files(folder)
         # Pairs of an image with itself, so that the sources are made as in training.
-        pairs, names = read_pairs([folder, folder], names[: args.num_samples], args.image_size)
+        pairs, names = read_pairs([folder, folder], names, args.image_size)
 
     out = new_folder(args.out_dir / "generated")
     grid = []
@@ -405,7 +405,7 @@ def find_pairs(folder, train):
     sides = ["A", "B"] if apart else ["train" if train else split]
     sides = [folder / side for side in sides]
     names = {name for side in sides for name in list_files(side)}
-    names = sorted(names - {"Thumbs.db"})  # Windows' own
+    names = sorted(names - {"Thumbs.db", "desktop.ini"})  # Windows' own
     nested = any(os.sep in name for name in names)
     if not names or nested or apart == os.path.isdir(folder / "train"):
         sys.exit(
@@ -696,8 +696,8 @@ def parse_args(argv=None):
             parser.error(f"{args.out_dir} is not empty: --resume it, or use another --out-dir")
     if not 0 < args.lr <= 1:
         parser.error("--lr must be above 0 and at most 1")
-    if args.decay_epochs < 0:
-        parser.error("--decay-epochs must be at least 0")
+    if not 0 <= args.decay_epochs <= args.epochs:
+        parser.error("--decay-epochs must be 0 to --epochs")
     if args.direction is None:
         args.direction = "AtoB" if args.dataset in ("maps", "folder") else "BtoA"
     return args, checkpoint

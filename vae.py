@@ -140,8 +140,8 @@ def train(args, checkpoint):
         args.out_dir = args.out_dir or new_folder(f"runs/{NAME}")
         samples = args.out_dir / "samples"
         reconstructions = args.out_dir / "reconstructions"
-        # Fails if another new run has just taken this folder.
-        samples.mkdir(parents=True, exist_ok=bool(checkpoint))
+        # Fails if another run has just taken this folder.
+        samples.mkdir(parents=True, exist_ok=os.path.exists(args.out_dir / "checkpoint.pt"))
         reconstructions.mkdir(exist_ok=True)
         save_grid(images[:64], samples / "real.png", value_range=(0, 1))
         print(f"{args.dataset}: {len(images) * WORLD_SIZE:,} images, {steps:,} steps per epoch")

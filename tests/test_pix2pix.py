@@ -232,6 +232,13 @@ def test_first_steps_are_the_papers(pair_dir, tmp_path):
         torch.testing.assert_close(averages, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("epochs", [-1, 201])
+def test_the_rate_never_falls_over_more_epochs_than_there_are(epochs, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse("--decay-epochs", epochs)
+    assert capsys.readouterr().err.endswith("error: --decay-epochs must be 0 to --epochs\n")
+
+
 def test_rate_is_constant_then_falls_over_the_last_epochs(pair_dir, tmp_path):
     flags = ["--epochs", 5, "--batch-size", 8, "--lr", 0.004, "--keep-every", 1]
     falling = ["--decay-epochs", 3]
@@ -444,10 +451,10 @@ def two_folders(folder, a, b):
 
 
 def test_two_folders_are_paired_by_name_and_every_tenth_is_held_out(tmp_path):
-    """Hidden files and Thumbs.db do no harm, also if there are fewer than ten pairs."""
+    """Hidden files and those of Windows do no harm, also if there are fewer than ten pairs."""
     two_folders(tmp_path, 20, 20)
-    for name in (".notes", "zz/../Thumbs.db"):
-        (tmp_path / "A" / Path(name).name).write_text("no image, and no partner")
+    for name in (".notes", "Thumbs.db", "desktop.ini"):
+        (tmp_path / "A" / name).write_text("no image, and no partner")
     parts = [load(tmp_path, split)[..., 5, 5].tolist() for split in ("val", "train")]
     assert parts[0] == [[[n, 0, 0], [n, 0, 200]] for n in (9, 19)]
     assert parts[1] == [[[n, 0, 0], [n, 0, 200]] for n in range(19) if n != 9]

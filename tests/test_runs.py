@@ -229,6 +229,22 @@ def test_two_runs_at_once_have_two_folders_and_never_one(name, flags, tmp_path):
         assert same(result(folder), result(runs / name))
 
 
+def test_a_fork_never_joins_a_run_that_has_just_taken_its_folder(
+    name, script, copied, tmp_path, monkeypatch, capsys
+):
+    def taken(*args, **kwargs):
+        (tmp_path / "fork" / "samples").mkdir(parents=True, exist_ok=True)
+        return loaded(*args, **kwargs)
+
+    load = "load_pairs" if name == "pix2pix" else "load_images"
+    loaded = getattr(script, load)
+    monkeypatch.setattr(script, load, taken)
+    words = ["--resume", copied[1], "--epochs", 3]
+    assert run(script, *words, "--out-dir", tmp_path / "fork") == 1
+    assert re.fullmatch(r"error: .*File exists.*samples'\n", capsys.readouterr().err)
+    assert os.listdir(tmp_path / "fork" / "samples") == []
+
+
 def test_nothing_said_and_no_network(name, script, offline, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small = [*SMALL[name], "--epochs", 1, "--batch-size", 400]
