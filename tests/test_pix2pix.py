@@ -322,7 +322,7 @@ def test_images_are_translated_under_their_names_and_at_their_size(finished, tmp
     for name in ("a.png", "b.gif", "b.png", "c.ppm", "deep/a.png", "deep/er/d.bmp", "e.tiff"):
         gray.save(folder / name)
     gray.save(folder / "f.JPEG")  # lossy, so not quite the same
-    (folder / "notes.txt").write_text("no image")
+    (folder / "0.txt").write_text("no image")
 
     images = outputs(finished, folder, tmp_path / "out")
     alike = ["a.png", "b.png", "b.png.png", "c.png", "deep/a.png", "deep/er/d.png", "e.png"]
@@ -330,7 +330,7 @@ def test_images_are_translated_under_their_names_and_at_their_size(finished, tmp
     assert images["f.png"].shape == (40, 50, 3)
     assert all(np.array_equal(images[name], images["a.png"]) for name in alike)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"skipped {folder}/notes.txt: ")
+    assert line.startswith(f"skipped {folder}/0.txt: ")
 
     # Source beside output, four in a row.
     assert Image.open(tmp_path / "out" / "generated.png").size == (4 * 34 + 2, 4 * 34 + 2)
