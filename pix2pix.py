@@ -605,7 +605,7 @@ def save(state, history, args):
         data = io.BytesIO()
         torch.save(checkpoint, data)
         new.write_bytes(data.getbuffer())
-        new.replace(args.out_dir / name)
+        os.replace(new, args.out_dir / name)
 
 
 def new_folder(path):
