@@ -182,7 +182,7 @@ def train(args, checkpoint):
                 if average.is_floating_point():
                     average.lerp_(current[name], weight)
 
-            # Add up the metrics, D's of its last step, on the GPU. .item() would wait for it.
+            # Add up the metrics on the GPU, with D's of its last step. .item() would wait for it.
             with torch.no_grad():
                 sums["loss_d"] += loss_d
                 sums["loss_g"] += loss_g
